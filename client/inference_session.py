@@ -1,0 +1,90 @@
+"""The session as users hold it: blocking, a context manager, with Petals' names."""
+
+from __future__ import annotations
+
+import weakref
+from types import TracebackType
+
+import torch
+
+from swarm.client.background import BackgroundLoop
+from swarm.client.hop import HopTiming
+from swarm.client.session import Recovery, Session
+from swarm.routing import Leg
+
+
+class InferenceSession:
+    """KV caches on servers for one batch of sequences; made by ``model.inference_session()``.
+
+    Use it as a context manager, or call :meth:`close`; a session that is garbage-collected closes too.
+
+    Attributes:
+        output_ids: the tokens generated so far in this session, ``[batch, length]``, or None.
+    """
+
+    def __init__(self, session: Session, max_length: int) -> None:
+        self._session, self._loop = session, BackgroundLoop.shared()
+        self.max_length = max_length
+        self.output_ids: torch.Tensor | None = None
+        weakref.finalize(self, _close_later, self._loop, session)
+
+    @property
+    def position(self) -> int:
+        """Positions that the caches hold. Set it to an earlier one to forget what came after."""
+        return self._session.position
+
+    @position.setter
+    def position(self, position: int) -> None:
+        self._session.roll_back(position)
+        if self.output_ids is not None:
+            self.output_ids = self.output_ids[:, : position + 1]
+
+    @property
+    def batch(self) -> int:
+        """Sequences in the caches."""
+        return self._session.batch
+
+    @property
+    def recoveries(self) -> list[Recovery]:
+        """The servers that were lost and replaced so far."""
+        return self._session.recoveries
+
+    @property
+    def last_timings(self) -> tuple[HopTiming, ...]:
+        """Where the time of the last step went, server by server."""
+        return self._session.last_timings
+
+    @property
+    def route(self) -> tuple[Leg, ...]:
+        """The servers in use now."""
+        return self._session.route
+
+    def step(
+        self,
+        hidden_states: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run new positions through all blocks; see :meth:`swarm.client.session.Session.step`."""
+        output = self._loop.run(self._session.step(hidden_states, position_ids, mask))
+        return output.to(hidden_states.device)
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Let sequence i go on as what sequence ``rows[i]`` was (beam search)."""
+        self._session.reorder(rows)
+
+    def close(self) -> None:
+        """Free the caches on the servers."""
+        self._loop.run(self._session.close())
+
+    def __enter__(self) -> InferenceSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _close_later(loop: BackgroundLoop, session: Session) -> None:
+    loop.submit(session.close())

@@ -1,0 +1,225 @@
+"""A transformers model whose decoder layers run on the swarm."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+
+from swarm.client.background import BackgroundLoop
+from swarm.client.inference_session import InferenceSession
+from swarm.client.network import Network
+from swarm.client.remote_layers import RemoteCache, RemoteLayers
+from swarm.client.settings import ClientSettings
+from swarm.models import Checkpoint, load_shell, open_checkpoint
+from swarm.models.loading import model_class_of
+from swarm.protocol.tensors import dtype_name
+
+_DEFAULT_ROOM = 256
+"""Positions beyond the first input to ask for, when nobody says how long a session will become."""
+
+
+class AutoDistributedModelForCausalLM:
+    """``from_pretrained`` makes a causal language model whose layers are hosted by the swarm."""
+
+    def __init__(self) -> None:
+        raise TypeError("use AutoDistributedModelForCausalLM.from_pretrained(model, initial_peers=[…])")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        initial_peers: Iterable[str] = (),
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        deadline_s: float = 60.0,
+        peer_timeout_s: float = 5.0,
+        allowed_servers: Iterable[str] | None = None,
+        blocked_servers: Iterable[str] = (),
+        any_precision: bool = False,
+        allow_untested: bool = False,
+    ) -> Any:
+        """Load embeddings, norm and head of `model` here, and leave its layers to the swarm.
+
+        Args:
+            model: alias (``smollm2``), directory, .gguf file or Hub id; the same as the servers'.
+            initial_peers: multiaddrs through which to join the swarm.
+            dtype: precision, here and on the servers used; default: that of the checkpoint.
+            device: where the local part lives.
+            deadline_s: how long to wait for a server when a block has none.
+            peer_timeout_s: after how much silence a server counts as dead.
+            allowed_servers, blocked_servers: peer ids to use only, or never.
+            any_precision: also use servers of another precision.
+
+        Returns:
+            An instance of the family's own ``…ForCausalLM`` class (and of :class:`DistributedMixin`).
+
+        Raises:
+            CheckpointNotFound, CorruptCheckpoint, UnsupportedFamily: the local part cannot be loaded.
+            BootstrapFailed: no initial peer answered.
+        """
+        checkpoint = open_checkpoint(model, revision=revision, allow_untested=allow_untested)
+        if isinstance(dtype, str) and dtype != "auto":
+            dtype = getattr(torch, dtype)
+        precision = dtype if isinstance(dtype, torch.dtype) else checkpoint.default_dtype
+        settings = ClientSettings(
+            initial_peers=tuple(initial_peers),
+            deadline_s=deadline_s,
+            peer_timeout_s=peer_timeout_s,
+            allowed_servers=tuple(allowed_servers) if allowed_servers is not None else None,
+            blocked_servers=tuple(blocked_servers),
+            any_precision=any_precision,
+        )
+        network = BackgroundLoop.shared().run(Network.join(settings))
+        layers = RemoteLayers()
+        try:
+            loaded = load_shell(
+                checkpoint, layers, dtype=precision, device=device, model_class=_distributed_class(checkpoint)
+            )
+        except BaseException:
+            BackgroundLoop.shared().run(network.leave())
+            raise
+        assert isinstance(loaded, DistributedMixin)
+        loaded._attach(checkpoint, network, layers)
+        return loaded
+
+
+class DistributedMixin(PreTrainedModel):
+    """What a distributed model has beyond the family's own class."""
+
+    def _attach(self, checkpoint: Checkpoint, network: Network, layers: RemoteLayers) -> None:
+        # Plain attributes, not modules or parameters.
+        self.__dict__.update(_checkpoint=checkpoint, _network=network, _layers=layers, _step_lock=threading.RLock())
+        atexit.register(self.disconnect)
+
+    def inference_session(self, *, max_length: int) -> InferenceSession:
+        """Open a session with room for `max_length` positions; close it, or use it as a context manager.
+
+        ``session.step(hidden_states)`` runs all blocks; ``model.generate(…, session=session)`` goes on with it.
+        """
+        session = self._network.session(self._checkpoint, dtype_name(self.dtype), max_length)
+        return InferenceSession(session, max_length)
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: RemoteCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the family's own forward; ``past_key_values`` must come from this model.
+
+        Without a cache that the caller keeps, the servers' caches are freed at the end.
+        """
+        given = input_ids if input_ids is not None else inputs_embeds
+        if given is None:
+            raise ValueError("You must specify input_ids or inputs_embeds")
+        if kwargs.get("labels") is not None and torch.is_grad_enabled():
+            raise NotImplementedError("training through the swarm is not implemented yet; use torch.no_grad()")
+        if past_key_values is not None and not isinstance(past_key_values, RemoteCache):
+            raise TypeError(
+                f"past_key_values is a {type(past_key_values).__name__}; a distributed model's cache is on its servers: "
+                "pass what this model returned, or nothing"
+            )
+        kept = use_cache if use_cache is not None else self.config.use_cache
+        length = given.shape[1]
+        cache = past_key_values or RemoteCache(self.inference_session(max_length=length + (_DEFAULT_ROOM if kept else 0)))
+        mask = _mask_of_new_positions(attention_mask, length)
+
+        def run(hidden_states: torch.Tensor) -> torch.Tensor:
+            return cache.session.step(hidden_states, position_ids, mask)
+
+        with self._step_lock:
+            self._layers.run = run
+            try:
+                return super().forward(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    past_key_values=cache,
+                    inputs_embeds=inputs_embeds,
+                    use_cache=kept,
+                    **kwargs,
+                )
+            finally:
+                self._layers.run = None
+                if past_key_values is None and not kept:
+                    cache.session.close()
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self, inputs: torch.Tensor | None = None, *args: Any, session: InferenceSession | None = None, **kwargs: Any
+    ) -> Any:
+        """transformers' ``generate()``, with every sampler, beams, streamers, processors and criteria.
+
+        Args:
+            session: go on with this session (from :meth:`inference_session`): `inputs` are only the new tokens, and
+                only new tokens are returned after them.
+        """
+        if session is None:
+            return super().generate(inputs, *args, **kwargs)
+        before = session.output_ids
+        if before is not None:
+            inputs = before if inputs is None else torch.cat([before, inputs], dim=1)
+        result = super().generate(inputs, *args, past_key_values=RemoteCache(session), **kwargs)
+        sequences = result.sequences if isinstance(result, ModelOutput) else result
+        session.output_ids = sequences
+        new = sequences[:, before.shape[1] if before is not None else 0 :]
+        if isinstance(result, ModelOutput):
+            result.sequences = new
+            return result
+        return new
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} is about a local cache; a distributed "
+                "model's cache is on its servers. Leave it out."
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = RemoteCache(self.inference_session(max_length=max_cache_length))
+        return super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+    def disconnect(self) -> None:
+        """Leave the swarm; the model cannot be used afterwards. Happens by itself at exit."""
+        atexit.unregister(self.disconnect)
+        network = self.__dict__.pop("_network", None)
+        if network is not None:
+            BackgroundLoop.shared().run(network.leave())
+
+
+def _distributed_class(checkpoint: Checkpoint) -> type[PreTrainedModel]:
+    family = model_class_of(checkpoint.config)
+    return type(f"Distributed{family.__name__}", (DistributedMixin, family), {"__module__": __name__})
+
+
+def _mask_of_new_positions(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """The part of a 2-D attention mask that is about the new positions, as uint8."""
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2:
+        raise ValueError(
+            "a distributed model takes attention_mask as [batch, positions] with 0 for padding; "
+            f"masks of shape {tuple(attention_mask.shape)} cannot be sent to servers"
+        )
+    return attention_mask[:, -length:].to(torch.uint8)

@@ -1,0 +1,54 @@
+"""A client's membership in the swarm: one node, one directory, many models and sessions."""
+
+from __future__ import annotations
+
+from swarm.client.server_view import ServerView
+from swarm.client.session import Session
+from swarm.client.settings import ClientSettings
+from swarm.dht import Announcement, Directory
+from swarm.models import Checkpoint
+from swarm.transport.node import Node
+
+
+class Network:
+    """Joined to a swarm as a client. Make it with :meth:`join`, end it with :meth:`leave`."""
+
+    def __init__(self, node: Node, directory: Directory, settings: ClientSettings) -> None:
+        self._node, self._directory, self._settings = node, directory, settings
+        self._views: dict[tuple[str, str], ServerView] = {}
+
+    @classmethod
+    async def join(cls, settings: ClientSettings) -> Network:
+        """Join through the initial peers.
+
+        Raises:
+            BootstrapFailed: none of them answered, or none were given.
+        """
+        node = await Node.start(client_only=True)
+        try:
+            directory = await Directory.join(node, settings.initial_peers, client_only=True)
+        except BaseException:
+            await node.stop()
+            raise
+        return cls(node, directory, settings)
+
+    def session(self, checkpoint: Checkpoint, dtype: str, max_length: int) -> Session:
+        """A new session on `checkpoint`; servers are contacted with its first step.
+
+        Args:
+            dtype: the precision that the servers are to compute in, e.g. ``"float32"``.
+            max_length: positions to make room for; it grows beyond if servers have more.
+        """
+        key = (checkpoint.model_digest, dtype)
+        if key not in self._views:
+            self._views[key] = ServerView(self._directory, checkpoint, dtype, self._settings)
+        return Session(self._node, self._views[key], checkpoint, self._settings, max_length)
+
+    async def servers(self, model_digest: str) -> list[Announcement]:
+        """The announcements of a model's servers, as they are now."""
+        return await self._directory.servers(model_digest)
+
+    async def leave(self) -> None:
+        """Close every connection."""
+        await self._directory.leave()
+        await self._node.stop()

@@ -1,0 +1,97 @@
+"""The announcement: what a server says of itself, and the checks that a stranger's record must pass.
+
+An announcement is small on purpose (under 1 KiB for a typical server): a client that looks for a model
+reads those of all its servers.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Self
+
+import msgpack
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+LEASE_S = 12.0
+"""How long an announcement is valid: a server that crashed is forgotten within this time."""
+RENEWAL_S = 4.0
+"""How often a server announces itself anew: two renewals may be lost before anyone forgets it."""
+CLOCK_SLACK_S = 3.0
+"""How far peers' clocks may differ (hivemind's own limit)."""
+MAX_RECORD_BYTES = 8 * 1024
+
+
+class State(StrEnum):
+    """Where a server is in its life."""
+
+    JOINING = "joining"
+    """It is loading its blocks and will serve soon."""
+    ONLINE = "online"
+    DRAINING = "draining"
+    """It finishes its sessions and takes no new one."""
+    OFFLINE = "offline"
+    """It has left. Stored instead of a deletion, which a DHT does not have."""
+
+
+class Announcement(BaseModel):
+    """One server's record for one model."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    peer_id: str = Field(max_length=64)
+    model: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """The digest that names the model."""
+    model_name: str = Field(default="", max_length=96)
+    """What the server's owner calls the model; for people."""
+    state: State
+    num_blocks: int = Field(ge=1, le=100_000)
+    start: int = Field(ge=0)
+    end: int = Field(ge=1)
+    """The span is ``[start, end)``."""
+    block_digests: tuple[str, ...] = Field(default=(), max_length=1000)
+    """The first 16 hex digits of each hosted block's digest, or nothing."""
+    dtype: str = Field(max_length=16)
+    """The precision in which the server computes."""
+    throughput: float = Field(ge=0, allow_inf_nan=False)
+    """Decode steps per second through the whole span, one sequence, as measured by the server."""
+    free_kv_tokens: int = Field(ge=0)
+    """Positions of KV cache, on the whole span, that are not taken."""
+    sessions: int = Field(default=0, ge=0)
+    addresses: tuple[str, ...] = Field(default=(), max_length=8)
+    version: str = Field(max_length=32)
+    public_name: str = Field(default="", max_length=64)
+    """What the owner wants to be called in public; empty unless they chose one."""
+    issued_at: float = Field(allow_inf_nan=False)
+    """Unix time at which the server wrote this; of two announcements the later one counts."""
+
+    @model_validator(mode="after")
+    def _check_span(self) -> Self:
+        if not self.start < self.end <= self.num_blocks:
+            raise ValueError(f"[{self.start}, {self.end}) is not a span of {self.num_blocks} blocks")
+        if self.block_digests and len(self.block_digests) != self.end - self.start:
+            raise ValueError("there must be one digest for every hosted block")
+        if any(len(text) > 128 for text in (*self.addresses, *self.block_digests)):
+            raise ValueError("an address or digest is too long")
+        return self
+
+    def hosts(self, block: int) -> bool:
+        """Whether `block` lies in the span."""
+        return self.start <= block < self.end
+
+    def pack(self) -> bytes:
+        """As msgpack."""
+        packed: bytes = msgpack.packb(self.model_dump(mode="json"), use_bin_type=True)
+        return packed
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> Announcement:
+        """Raises ValueError for anything that is not an announcement."""
+        try:
+            return cls.model_validate(msgpack.unpackb(packed, raw=False))
+        except (ValidationError, msgpack.UnpackException, UnicodeDecodeError) as error:
+            raise ValueError(f"not an announcement: {error}") from error
+
+
+def directory_key(model: str) -> str:
+    """The DHT key under which the servers of a model announce themselves, each under its peer id as subkey."""
+    return f"swarm/1/servers/{model}"

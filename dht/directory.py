@@ -1,0 +1,124 @@
+"""The directory of a swarm's servers: publish one's own announcement, look up others'."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+
+from swarm.dht.announcement import CLOCK_SLACK_S, LEASE_S, Announcement, State, directory_key
+from swarm.dht.validation import AnnouncementValidator
+from swarm.errors import BootstrapFailed
+from swarm.transport.lean_hivemind import DHTNode, PeerID
+from swarm.transport.node import Node, PeerAddress
+
+
+class Directory:
+    """This process's part of the DHT. Make it with :meth:`join`, end it with :meth:`leave`.
+
+    Attributes:
+        dht: hivemind's node, which runs in this process's own event loop.
+    """
+
+    def __init__(self, node: Node, dht: DHTNode) -> None:
+        self._node = node
+        self.dht = dht
+        self._latest: dict[tuple[str, str], Announcement] = {}
+        self._last_expiration = 0.0
+
+    @classmethod
+    async def join(cls, node: Node, initial_peers: Sequence[str], *, client_only: bool = False) -> Directory:
+        """Join the DHT through `initial_peers` (none: begin a new one).
+
+        Raises:
+            BootstrapFailed: no initial peer answered, or none of them keeps a Swarm directory.
+        """
+        reached = await node.bootstrap(initial_peers) if initial_peers else []
+        try:
+            dht = await DHTNode.create(
+                p2p=node.p2p,
+                initial_peers=reached or None,
+                client_mode=client_only,
+                record_validator=AnnouncementValidator(node.identity),
+                cache_locally=False,
+                cache_nearest=0,
+                cache_on_store=False,
+                blacklist_time=2.0,
+                wait_timeout=2.0,
+                strict=False,
+            )
+        except RuntimeError as error:
+            raise BootstrapFailed(
+                f"The initial peers are there, but none keeps a Swarm directory: {', '.join(reached)}"
+            ) from error
+        return cls(node, dht)
+
+    async def announce(self, announcement: Announcement) -> bool:
+        """Publish this peer's announcement for one lease; it replaces the previous one.
+
+        Returns:
+            Whether at least one node of the DHT stored it.
+        """
+        # The DHT keeps the record that expires last, so a later announcement must expire later.
+        self._last_expiration = max(time.time() + LEASE_S, self._last_expiration + 1e-3)
+        stored: bool = await self.dht.store(
+            key=directory_key(announcement.model),
+            subkey=announcement.peer_id,
+            value=announcement.pack(),
+            expiration_time=self._last_expiration,
+        )
+        return stored
+
+    async def withdraw(self, announcement: Announcement) -> None:
+        """Tell everybody that this server has left."""
+        await self.announce(announcement.model_copy(update={"state": State.OFFLINE, "issued_at": time.time()}))
+
+    async def servers(self, model: str) -> list[Announcement]:
+        """The servers of `model` that have not left, newest knowledge first-hand from the DHT.
+
+        Records that have run out, or that are older than one already seen from the same peer, are dropped.
+        """
+        found = await self.dht.get(directory_key(model), latest=True)
+        now = time.time()
+        fresh: dict[str, Announcement] = {}
+        entries = found.value if found is not None and isinstance(found.value, dict) else {}
+        for peer_id, entry in entries.items():
+            try:
+                announcement = Announcement.unpack(entry.value)
+            except (ValueError, TypeError):
+                continue
+            if entry.expiration_time < now or announcement.peer_id != peer_id or announcement.model != model:
+                continue
+            if announcement.issued_at > now + CLOCK_SLACK_S:
+                continue
+            seen = self._latest.get((model, peer_id))
+            if seen is not None and seen.issued_at > announcement.issued_at:
+                continue
+            self._latest[model, peer_id] = announcement
+            if announcement.state is not State.OFFLINE:
+                fresh[peer_id] = announcement
+        self._forget(now)
+        return list(fresh.values())
+
+    def is_alone(self) -> bool:
+        """Whether this node has lost sight of all others."""
+        return not self.dht.protocol.routing_table.peer_id_to_uid
+
+    async def rejoin(self, initial_peers: Sequence[str]) -> None:
+        """Look for the way back through `initial_peers`.
+
+        Raises:
+            BootstrapFailed: none of them answered.
+        """
+        for address in await self._node.bootstrap(initial_peers):
+            await self.dht.protocol.call_ping(PeerID.from_base58(PeerAddress(address).peer_id))
+
+    async def leave(self) -> None:
+        """Leave the DHT. Announcements that were not withdrawn run out by themselves."""
+        with contextlib.suppress(Exception):  # the daemon may be gone already; there is nothing left to do
+            await self.dht.shutdown()
+
+    def _forget(self, now: float) -> None:
+        stale = [key for key, seen in self._latest.items() if seen.issued_at < now - 2 * LEASE_S - CLOCK_SLACK_S]
+        for key in stale:
+            del self._latest[key]

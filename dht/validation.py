@@ -1,0 +1,79 @@
+"""Sign announcements, and let no record into the DHT, nor out of it, that is not one.
+
+hivemind calls :class:`AnnouncementValidator` on every node when a record is to be stored, and on the reader
+when one comes back. A record is valid if it is small, signed by the key from which the peer id in its subkey
+is derived, stored under the key of the model it speaks of, expires within a lease, and fits the schema.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+
+import msgpack
+
+from swarm.dht.announcement import CLOCK_SLACK_S, LEASE_S, MAX_RECORD_BYTES, Announcement, directory_key
+from swarm.transport.identity import Identity, verify
+from swarm.transport.lean_hivemind import DHTID, DHTRecord, RecordValidatorBase
+
+_DOMAIN = b"swarm announcement 1"
+_EXPIRED_GRACE_S = 10.0
+"""A record that runs out on its way must not make hivemind throw away the others in the same reply;
+:class:`swarm.dht.directory.Directory` drops it afterwards."""
+_REMEMBERED_VERDICTS = 4096
+
+
+class AnnouncementValidator(RecordValidatorBase):  # type: ignore[misc]
+    """Signs what this peer stores; judges what others store and return."""
+
+    def __init__(self, identity: Identity) -> None:
+        self._identity = identity
+        self._verdicts: OrderedDict[tuple[bytes, bytes, bytes, float], bool] = OrderedDict()
+
+    def sign_value(self, record: DHTRecord) -> bytes:
+        signature = self._identity.sign(_signed_bytes(record, record.value))
+        signed: bytes = msgpack.packb([record.value, signature])
+        return signed
+
+    def strip_value(self, record: DHTRecord) -> bytes:
+        return _split(record.value)[0]
+
+    def validate(self, record: DHTRecord) -> bool:
+        now = time.time()
+        if not now - _EXPIRED_GRACE_S <= record.expiration_time <= now + LEASE_S + CLOCK_SLACK_S:
+            return False
+        fingerprint = (record.key, record.subkey, record.value, record.expiration_time)
+        if fingerprint not in self._verdicts:
+            self._verdicts[fingerprint] = _is_authentic(record)
+            if len(self._verdicts) > _REMEMBERED_VERDICTS:
+                self._verdicts.popitem(last=False)
+        return self._verdicts[fingerprint]
+
+
+def _is_authentic(record: DHTRecord) -> bool:
+    """Everything about a record that does not change with time."""
+    if len(record.value) > MAX_RECORD_BYTES:
+        return False
+    try:
+        peer_id = msgpack.unpackb(record.subkey)
+        value, signature = _split(record.value)
+        if not isinstance(peer_id, str) or not verify(peer_id, _signed_bytes(record, value), signature):
+            return False
+        announcement = Announcement.unpack(msgpack.unpackb(value))
+    except (ValueError, TypeError, msgpack.UnpackException):
+        return False
+    right_key = DHTID.generate(source=directory_key(announcement.model)).to_bytes()
+    return bool(announcement.peer_id == peer_id and record.key == right_key)
+
+
+def _signed_bytes(record: DHTRecord, value: bytes) -> bytes:
+    signed: bytes = msgpack.packb([_DOMAIN, record.key, record.subkey, value, record.expiration_time])
+    return signed
+
+
+def _split(signed_value: bytes) -> tuple[bytes, bytes]:
+    """(value, signature). Raises ValueError for anything else."""
+    parts = msgpack.unpackb(signed_value)
+    if not (isinstance(parts, list) and len(parts) == 2 and all(isinstance(part, bytes) for part in parts)):
+        raise ValueError("not a signed record")
+    return parts[0], parts[1]

@@ -1,0 +1,141 @@
+"""The sessions that a server holds: admission by KV budget, caches, and one step at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from swarm.errors import BlocksNotHosted, CacheFull, CannotRollBack, Draining, WrongModel
+from swarm.models import Span, SpanCache
+from swarm.protocol.messages import Open
+from swarm.protocol.sessions import StepRequested
+
+
+@dataclass
+class HeldSession:
+    """One client's session on this server. Its cache belongs to the compute thread."""
+
+    span: Span
+    cache: SpanCache
+    batch: int
+    reserved_positions: int
+    """Per sequence."""
+    mask: torch.Tensor | None = field(default=None)
+    """[batch, cached] int64, once anything was padded; None: no padding."""
+
+    def run(self, request: StepRequested) -> torch.Tensor:
+        """Run a step on the device; the result is on the CPU. Called on the compute thread only.
+
+        Raises:
+            CannotRollBack: the cache cannot return to the step's position.
+        """
+        step = request.step
+        if not self.cache.roll_back(step.position):
+            raise CannotRollBack(
+                f"this model's sliding-window layers have forgotten what position {step.position} needs "
+                f"(the cache ends at {self.cache.length})"
+            )
+        if self.mask is not None:
+            self.mask = self.mask[:, : step.position]
+        if step.reorder is not None:
+            rows = torch.tensor(step.reorder, device=self.span.device)
+            self.cache.reorder_cache(rows)
+            self.mask = self.mask[rows] if self.mask is not None else None
+        self.batch = request.hidden_states.shape[0]
+        self._extend_mask(request)
+        device = self.span.device
+        output = self.span.forward(
+            request.hidden_states.to(device, self.span.dtype),
+            self.cache,
+            request.position_ids.to(device) if request.position_ids is not None else None,
+            self.mask,
+        )
+        return output.to("cpu")
+
+    def _extend_mask(self, request: StepRequested) -> None:
+        batch, count, _ = request.hidden_states.shape
+        if self.mask is None and request.mask is None:
+            return
+        ones = torch.ones(batch, request.step.position, dtype=torch.int64, device=self.span.device)
+        new = request.mask if request.mask is not None else torch.ones(batch, count)
+        past = self.mask if self.mask is not None else ones
+        self.mask = torch.cat([past, new.to(past)], dim=1)
+
+
+class SessionTable:
+    """Who is here, and how much KV cache is promised to them."""
+
+    def __init__(self, span: Span, model: str, kv_tokens: int, max_sessions: int) -> None:
+        self._span, self._model = span, model
+        self._budget = kv_tokens * (span.end - span.start)  # in positions × blocks
+        self._max_sessions = max_sessions
+        self._held: dict[int, HeldSession] = {}
+        self.draining = False
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    @property
+    def free_tokens(self) -> int:
+        """Positions of KV cache on the whole span that are promised to nobody."""
+        return max(0, self._budget - self._promised()) // (self._span.end - self._span.start)
+
+    def open(self, request: Open) -> HeldSession:
+        """Make room for a session.
+
+        Raises:
+            Draining, WrongModel, BlocksNotHosted, CacheFull: why not.
+        """
+        if self.draining:
+            raise Draining("this server is leaving and takes no new session")
+        if request.model != self._model:
+            raise WrongModel(
+                f"this server hosts the model {self._model[:16]}…, the client asked for {request.model[:16]}…: "
+                "the two have different weights"
+            )
+        if not self._span.start <= request.start < request.end <= self._span.end:
+            raise BlocksNotHosted(
+                f"this server hosts blocks [{self._span.start}, {self._span.end}), "
+                f"not [{request.start}, {request.end})"
+            )
+        if len(self._held) >= self._max_sessions:
+            raise CacheFull(f"this server holds {self._max_sessions} sessions already, which is its limit")
+        part = self._span.part(request.start, request.end)
+        session = HeldSession(part, part.new_cache(), request.batch, reserved_positions=0)
+        self._reserve(session, request.batch, request.max_length)
+        self._held[id(session)] = session
+        return session
+
+    def grow(self, session: HeldSession, request: StepRequested) -> None:
+        """Make room for a step that goes beyond what the session reserved.
+
+        Raises:
+            CacheFull: there is none.
+        """
+        batch, count, _ = request.hidden_states.shape
+        needed = max(session.reserved_positions, request.step.position + count)
+        if batch > session.batch or needed > session.reserved_positions:
+            self._reserve(session, batch, needed)
+
+    def close(self, session: HeldSession) -> None:
+        """Free what a session held."""
+        self._held.pop(id(session), None)
+
+    def _reserve(self, session: HeldSession, batch: int, positions: int) -> None:
+        blocks = session.span.end - session.span.start
+        wanted = batch * positions * blocks
+        free = self._budget - self._promised(but=session)
+        if wanted > free:
+            raise CacheFull(
+                f"{batch} × {positions} positions of KV cache are more than the {max(0, free) // blocks} that are "
+                f"free on this server (of {self._budget // blocks}); try again later, or ask for a shorter session"
+            )
+        session.batch, session.reserved_positions = batch, positions
+
+    def _promised(self, but: HeldSession | None = None) -> int:
+        return sum(
+            held.batch * held.reserved_positions * (held.span.end - held.span.start)
+            for held in self._held.values()
+            if held is not but
+        )

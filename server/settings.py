@@ -1,0 +1,45 @@
+"""What the owner of a server can choose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Everything that ``swarm-server`` takes on its command line, with the same defaults."""
+
+    model: str
+    """Alias, directory, .gguf file or Hub id."""
+    initial_peers: tuple[str, ...] = ()
+    """Multiaddrs of peers to join through; none: begin a new swarm."""
+    blocks: tuple[int, int] | None = None
+    """The span to host; None: as many blocks as fit, where the swarm needs them most."""
+    num_blocks: int | None = None
+    """With ``blocks=None``: host exactly this many."""
+    memory_bytes: int | None = None
+    """What the server may use in all; None: 80% of what is free."""
+    kv_tokens: int | None = None
+    """Positions of KV cache to offer; None: what memory allows, up to 65,536."""
+    device: str = "auto"
+    dtype: torch.dtype | None = None
+    """Precision; None: that of the checkpoint."""
+    threads: int | None = None
+    """CPU threads to compute with; None: torch's choice."""
+    listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
+    announce: tuple[str, ...] = ()
+    public_network: bool = True
+    """Open the NAT, use relays: off for swarms on one machine or network."""
+    identity: Path | None = None
+    """Key file; None: a new identity for every run."""
+    public_name: str = ""
+    revision: str | None = None
+    allow_untested_family: bool = False
+    max_sessions: int = 256
+    idle_timeout_s: float = 60.0
+    """A client that says nothing for this long has gone."""
+    drain_timeout_s: float = 10.0
+    """How long a leaving server waits for its sessions to move."""

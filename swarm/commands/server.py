@@ -1,0 +1,206 @@
+"""``swarm-server MODEL``: donate this machine to a swarm."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import re
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from swarm.commands.output import Output, add_output_arguments, run_command
+from swarm.dht import Announcement
+from swarm.server import Server, ServerSettings
+from swarm.server.lifecycle import Prepared, prepare
+from swarm.protocol.tensors import dtype_name
+
+_EPILOG = """\
+examples:
+  swarm-server smollm2                                    begin a new swarm that serves the built-in test model
+  swarm-server meta-llama/Llama-3.1-70B --initial-peers /ip4/203.0.113.5/tcp/31337/p2p/12D3KooW…
+                                                          join one: host as many blocks as fit, where they are needed
+  swarm-server ./my-model --blocks 0:16 --memory 12GiB    host the first 16 blocks in at most 12 GiB
+
+Ctrl-C leaves politely: running sessions move to other servers first. A second Ctrl-C stops at once.
+Servers see the hidden states that pass through them. Nobody can run code on your machine."""
+
+_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of ``swarm-server``."""
+    options = _parser().parse_args(arguments)
+    output = Output.from_options(options)
+    return run_command(lambda: _run(_settings(options), output), output)
+
+
+def _run(settings: ServerSettings, output: Output) -> int:
+    prepared = prepare(settings)
+    _show_plan(settings, prepared, output)
+    server = Server(settings, prepared)
+
+    async def serve() -> None:
+        loop, main_task = asyncio.get_running_loop(), asyncio.current_task()
+        assert main_task is not None
+        signals = 0
+
+        def leave() -> None:
+            nonlocal signals
+            signals += 1
+            if signals == 1:
+                output.say("\nLeaving: sessions are moving to other servers. Press Ctrl-C again to stop at once.")
+                server.leave()
+            else:
+                main_task.cancel()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, leave)
+        await server.run(lambda announcement: _show_ready(announcement, output))
+
+    try:
+        asyncio.run(serve())
+    except asyncio.CancelledError:
+        output.say("Stopped at once; clients will find other servers by themselves.")
+        return 130
+    output.say("Left the swarm.")
+    output.event(event="left")
+    return 0
+
+
+def _show_plan(settings: ServerSettings, prepared: Prepared, output: Output) -> None:
+    plan = prepared.plan
+    output.say(f"Plan for {settings.model} on {prepared.device}, {dtype_name(prepared.dtype)}:")
+    for line in plan.lines():
+        output.say(line)
+    output.event(
+        event="plan",
+        device=str(prepared.device),
+        dtype=dtype_name(prepared.dtype),
+        num_blocks=plan.num_blocks,
+        memory_bytes=plan.memory_bytes,
+        weight_bytes=plan.weight_bytes,
+        kv_bytes=plan.kv_bytes,
+        kv_tokens=plan.kv_tokens,
+    )
+
+
+def _show_ready(announcement: Announcement, output: Output) -> None:
+    output.say(
+        f"Serving blocks {announcement.start} to {announcement.end - 1} of {announcement.num_blocks} "
+        f"at {announcement.throughput:.1f} steps/s as {announcement.peer_id}."
+    )
+    for address in announcement.addresses:
+        output.say(f"  others can join with --initial-peers {address}")
+    output.say("Press Ctrl-C to leave.")
+    output.event(
+        event="ready",
+        peer_id=announcement.peer_id,
+        addresses=list(announcement.addresses),
+        start=announcement.start,
+        end=announcement.end,
+        throughput=announcement.throughput,
+    )
+
+
+def _settings(options: argparse.Namespace) -> ServerSettings:
+    public_network = not options.private_network and not options.host.startswith("127.")
+    return ServerSettings(
+        model=options.model,
+        initial_peers=tuple(options.initial_peers),
+        blocks=options.blocks,
+        num_blocks=options.num_blocks,
+        memory_bytes=options.memory,
+        kv_tokens=options.kv_tokens,
+        device=options.device,
+        dtype=_DTYPES[options.dtype],
+        threads=options.threads,
+        listen=listen_addresses(options.host, options.port, quic=public_network),
+        announce=tuple(options.announce),
+        public_network=public_network,
+        identity=options.identity,
+        public_name=options.public_name,
+        revision=options.revision,
+        allow_untested_family=options.allow_untested_family,
+        max_sessions=options.max_sessions,
+        drain_timeout_s=options.drain_timeout,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="swarm-server",
+        description="Donate this machine: host some of a model's blocks for everybody in the swarm.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", help="alias (smollm2), directory, .gguf file, or Hugging Face Hub id")
+    what = parser.add_argument_group("what to host")
+    what.add_argument(
+        "--blocks", type=parse_blocks, default=None, metavar="A:B|auto",
+        help="the span [A, B), or `auto`: as many as fit, where fewest servers are (default: auto)",
+    )  # fmt: skip
+    what.add_argument("--num-blocks", type=_positive, metavar="N", help="with --blocks auto: host exactly N blocks")
+    what.add_argument("--revision", help="branch, tag or commit on the Hub")
+    what.add_argument("--allow-untested-family", action="store_true", help="host families that no test covers")
+    machine = parser.add_argument_group("what to give")
+    machine.add_argument("--memory", type=parse_size, metavar="SIZE", help="use at most this much, e.g. 12GiB (default: 80%% of what is free)")
+    machine.add_argument("--kv-tokens", type=_positive, metavar="N", help="positions of KV cache to offer (default: what fits, up to 65536)")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (default: auto)")
+    machine.add_argument("--dtype", choices=_DTYPES, default="auto", help="precision (default: that of the checkpoint)")
+    machine.add_argument("--threads", type=_positive, metavar="N", help="CPU threads to compute with")
+    machine.add_argument("--max-sessions", type=_positive, default=256, metavar="N", help="(default: 256)")
+    network = parser.add_argument_group("network")
+    network.add_argument("--initial-peers", nargs="+", default=[], metavar="ADDRESS", help="peers to join through (default: begin a new swarm)")
+    network.add_argument("--host", default="0.0.0.0", help="IP address to listen on (default: all)")
+    network.add_argument("--port", type=int, default=0, help="port to listen on, TCP and QUIC (default: any)")
+    network.add_argument("--announce", nargs="+", default=[], metavar="ADDRESS", help="tell others these addresses instead")
+    network.add_argument("--private-network", action="store_true", help="do not open the router's NAT, do not use relays")
+    network.add_argument("--identity", type=Path, metavar="FILE", help="key file, made if missing: keeps the peer id over restarts")
+    network.add_argument("--public-name", default="", metavar="NAME", help="be called so on public pages (default: anonymous)")
+    network.add_argument("--drain-timeout", type=float, default=10.0, metavar="S", help="when leaving, wait so long for sessions to move (default: 10)")
+    add_output_arguments(parser)
+    return parser
+
+
+def parse_blocks(text: str) -> tuple[int, int] | None:
+    """``"0:15"`` → ``(0, 15)``; ``"auto"`` → None."""
+    if text == "auto":
+        return None
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a span; write A:B with A < B, such as 0:15, or auto")
+    return int(match[1]), int(match[2])
+
+
+def parse_size(text: str) -> int:
+    """``"12GiB"``, ``"800M"``, ``"1.5 GB"`` → bytes (K, M, G count in 1024s)."""
+    match = re.fullmatch(r"([\d.]+)\s*([KMGT]?)i?B?", text.strip(), re.IGNORECASE)
+    try:
+        factor = 1024 ** " KMGT".index(match[2].upper() or " ") if match else 0
+        return int(float(match[1]) * factor) if match else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write e.g. 12GiB or 800MiB") from None
+
+
+def listen_addresses(host: str, port: int, *, quic: bool) -> tuple[str, ...]:
+    """The multiaddrs for a host and port.
+
+    QUIC gets through more routers. But the kernel resets a dead process's TCP connections and cannot do so for
+    QUIC, so where no router is in the way TCP alone notices deaths sooner.
+    """
+    family = "ip6" if ":" in host else "ip4"
+    tcp = f"/{family}/{host}/tcp/{port}"
+    return (tcp, f"/{family}/{host}/udp/{port}/quic-v1") if quic else (tcp,)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Every error that Swarm raises on purpose, in one tree.
+
+::
+
+    SwarmError
+    ├── ModelError                  the checkpoint or its family
+    │   ├── CheckpointNotFound      nothing to open at that name or path
+    │   ├── CorruptCheckpoint       a file is damaged, cut short or missing
+    │   └── UnsupportedFamily       this architecture cannot be split exactly
+    ├── InsufficientMemory          the plan does not fit the machine
+    ├── PeerError                   another peer, or the way to it
+    │   ├── BootstrapFailed         no initial peer answered
+    │   ├── PortTaken               the address to listen on is in use
+    │   ├── PeerUnreachable         the peer could not be dialled, hung up, or fell silent
+    │   └── ProtocolError           the peer sent something that is not our protocol
+    │       └── FrameTooLarge       a frame over the limit
+    ├── RemoteError                 a server answered with a refusal
+    │   ├── WrongModel              it hosts other weights
+    │   ├── BlocksNotHosted         it does not host (any longer) what was asked
+    │   ├── CacheFull               no room for this session's KV cache
+    │   ├── CannotRollBack          its cache cannot forget the last positions
+    │   ├── Draining                it takes no new session
+    │   └── ServerFault             its computation failed
+    ├── NoRoute                     some block has no server, until the deadline
+    └── SessionClosed               the session was used after its end
+"""
+
+from __future__ import annotations
+
+
+class SwarmError(Exception):
+    """The root: catch this to catch everything that Swarm raises on purpose."""
+
+
+class ModelError(SwarmError):
+    """Something is wrong with the checkpoint, or its family is not supported."""
+
+
+class CheckpointNotFound(ModelError):
+    """There is no checkpoint at the given name or path."""
+
+
+class CorruptCheckpoint(ModelError):
+    """A weight file is damaged, truncated or missing."""
+
+
+class UnsupportedFamily(ModelError):
+    """The model's architecture cannot be split into spans exactly."""
+
+
+class InsufficientMemory(SwarmError):
+    """What was asked for does not fit in the memory that was given."""
+
+
+class PeerError(SwarmError):
+    """Another peer, or the way to it, failed."""
+
+
+class BootstrapFailed(PeerError):
+    """None of the initial peers answered."""
+
+
+class PortTaken(PeerError):
+    """The address to listen on is used by another program."""
+
+
+class PeerUnreachable(PeerError):
+    """The peer could not be dialled, hung up, or fell silent."""
+
+
+class ProtocolError(PeerError):
+    """The peer sent bytes that are not our protocol."""
+
+
+class FrameTooLarge(ProtocolError):
+    """The peer announced a frame above the limit."""
+
+
+class RemoteError(SwarmError):
+    """A server understood the request and refused it."""
+
+    code = "refused"
+
+
+class WrongModel(RemoteError):
+    """The server hosts other weights than the client asked for."""
+
+    code = "wrong_model"
+
+
+class BlocksNotHosted(RemoteError):
+    """The server does not host the blocks that were asked for."""
+
+    code = "blocks_not_hosted"
+
+
+class CacheFull(RemoteError):
+    """The server has no room for the session's KV cache."""
+
+    code = "cache_full"
+
+
+class CannotRollBack(RemoteError):
+    """The server's cache cannot return to the position that was asked for."""
+
+    code = "cannot_roll_back"
+
+
+class Draining(RemoteError):
+    """The server is leaving and takes no new session."""
+
+    code = "draining"
+
+
+class ServerFault(RemoteError):
+    """The server's computation failed."""
+
+    code = "server_fault"
+
+
+class NoRoute(SwarmError):
+    """Some blocks had no live server until the deadline passed."""
+
+
+class SessionClosed(SwarmError):
+    """The session was used after it had been closed."""
+
+
+REMOTE_ERRORS: dict[str, type[RemoteError]] = {
+    error.code: error
+    for error in (WrongModel, BlocksNotHosted, CacheFull, CannotRollBack, Draining, ServerFault, RemoteError)
+}
+"""The refusals that travel on the wire, by code."""

@@ -1,0 +1,103 @@
+"""Build a part of a model and fill it with just the tensors that it needs.
+
+transformers does the work: it makes the whole model on the meta device (no memory), we cut it, and its
+loader renames, merges and converts the checkpoint's tensors exactly as it would for the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from swarm.errors import CorruptCheckpoint, UnsupportedFamily
+from swarm.models.checkpoint import Checkpoint
+
+
+def model_class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The family's ``…ForCausalLM`` class.
+
+    Raises:
+        UnsupportedFamily: transformers has none for this configuration.
+    """
+    try:
+        found: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        raise UnsupportedFamily(
+            f"{config.model_type} models are not supported: transformers has no causal language model for them."
+        ) from None
+    return found
+
+
+def load_part(
+    checkpoint: Checkpoint,
+    config: PretrainedConfig,
+    names: Collection[str],
+    cut: Callable[[PreTrainedModel], None],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    on_bytes: Callable[[int], None],
+    model_class: type[PreTrainedModel] | None = None,
+) -> PreTrainedModel:
+    """Make the model, `cut` it, and load the tensors `names` into what is left.
+
+    Raises:
+        CorruptCheckpoint: a weight that the part needs is not among `names`, or cannot be read.
+    """
+    whole_class = model_class or model_class_of(config)
+
+    def build(self: PreTrainedModel, config: PretrainedConfig) -> None:
+        whole_class.__init__(self, config)
+        cut(self)
+
+    part_class = type(whole_class.__name__, (whole_class,), {"__init__": build, "__module__": whole_class.__module__})
+    with torch.device("meta"):
+        skeleton = part_class(config)
+    with _quiet_transformers():
+        try:
+            state_dict = {
+                key: _ReportsReading(value, on_bytes)
+                for key, value in checkpoint.files.lazy_state_dict(names, skeleton).items()
+            }
+            model, info = part_class.from_pretrained(
+                None, config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True
+            )
+        except (SafetensorError, RuntimeError, OSError) as error:
+            raise CorruptCheckpoint(f"{checkpoint.location} cannot be loaded: {error}") from error
+    if info["missing_keys"]:
+        raise CorruptCheckpoint(
+            f"{checkpoint.location} is incomplete: it lacks {', '.join(sorted(info['missing_keys'])[:5])}."
+        )
+    loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+    return loaded
+
+
+class _ReportsReading:
+    """A lazy tensor that says how many bytes were read once it is."""
+
+    def __init__(self, lazy: Any, on_bytes: Callable[[int], None]) -> None:
+        self._lazy, self._on_bytes = lazy, on_bytes
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        tensor: torch.Tensor = self._lazy[index]
+        self._on_bytes(tensor.numel())
+        return tensor
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep transformers' loading report and progress bar off the terminal: ours says what matters."""
+    verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()

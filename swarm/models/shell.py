@@ -1,0 +1,45 @@
+"""Load a model's shell: everything but the decoder layers, with one module of ours in their place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from swarm.models.checkpoint import Checkpoint
+from swarm.models.loading import load_part
+from swarm.models.surgery import drop_layers
+
+
+def load_shell(
+    checkpoint: Checkpoint,
+    layers: nn.Module,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    model_class: type[PreTrainedModel] | None = None,
+    on_bytes: Callable[[int], None] = lambda _: None,
+) -> PreTrainedModel:
+    """The family's own ``…ForCausalLM`` with embeddings, final norm and head, and `layers` instead of its layers.
+
+    Args:
+        layers: called as a decoder layer is, with hidden states ``[batch, positions, hidden]``.
+        model_class: a subclass of the family's class to instantiate instead of it.
+
+    Raises:
+        CorruptCheckpoint: a tensor is missing, or the shell's checksum is wrong.
+    """
+    checkpoint.verify(None)
+    return load_part(
+        checkpoint,
+        copy.deepcopy(checkpoint.config),
+        checkpoint.tensor_names(None),
+        lambda model: drop_layers(model, layers),
+        dtype,
+        device,
+        on_bytes,
+        model_class,
+    )

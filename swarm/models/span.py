@@ -1,0 +1,196 @@
+"""Load and run the decoder layers of one span."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+
+from swarm.models.checkpoint import Checkpoint
+from swarm.models.loading import load_part
+from swarm.models.surgery import NumberedLayers, find_base, keep_only_layers
+
+
+class SpanCache(DynamicCache):
+    """The KV cache of some consecutive layers that go by their numbers in the whole model."""
+
+    def __init__(self, config: PretrainedConfig, first_layer: int) -> None:
+        super().__init__(config=config)
+        self._first_layer = first_layer
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        result: tuple[torch.Tensor, torch.Tensor] = super().update(
+            key_states, value_states, layer_idx - self._first_layer, *args, **kwargs
+        )
+        return result
+
+    @property
+    def length(self) -> int:
+        """Positions held."""
+        return int(self.get_seq_length())
+
+    def roll_back(self, position: int) -> bool:
+        """Forget the positions from `position` on; False if a layer (a sliding window) has dropped what it needs."""
+        surplus = self.length - position
+        if surplus <= 0:
+            return True
+        windows = [getattr(layer, "sliding_window", None) for layer in self.layers]
+        if any(window is not None and self.length >= window for window in windows):
+            return False
+        self.crop(-surplus)
+        return True
+
+    @property
+    def size_bytes(self) -> int:
+        """What the keys and values occupy now."""
+        return sum(
+            tensor.numel() * tensor.element_size()
+            for layer in self.layers
+            for tensor in (layer.keys, layer.values)
+            if tensor is not None
+        )
+
+
+@dataclass(frozen=True)
+class Span:
+    """Blocks ``[start, end)`` of a model, ready to run. Made by :func:`load_span`."""
+
+    start: int
+    end: int
+    _base: PreTrainedModel
+    _layers: tuple[nn.Module, ...]
+    _whole_config: PretrainedConfig
+
+    @classmethod
+    def over(cls, base: PreTrainedModel, layers: Sequence[nn.Module], start: int, config: PretrainedConfig) -> Span:
+        """A span that runs just `layers`, which are `start` and following of the model that `config` describes.
+
+        It shares every module with `base`.
+        """
+        end = start + len(layers)
+        shell = copy.copy(base)
+        shell._modules = {
+            name: nn.ModuleList(layers) if isinstance(child, nn.ModuleList) else child
+            for name, child in base._modules.items()
+        }
+        shell.config = _cut_config(config, start, end)
+        return cls(start, end, shell, tuple(layers), config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the hidden states that go in and come out."""
+        return self._base.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._base.device
+
+    @property
+    def weight_bytes(self) -> int:
+        """What the span's weights occupy."""
+        return sum(weight.numel() * weight.element_size() for layer in self._layers for weight in layer.parameters())
+
+    def part(self, start: int, end: int) -> Span:
+        """The same weights, fewer blocks: ``[start, end)`` must lie within this span."""
+        if not self.start <= start < end <= self.end:
+            raise ValueError(f"[{start}, {end}) does not lie within [{self.start}, {self.end})")
+        if (start, end) == (self.start, self.end):
+            return self
+        return Span.over(self._base, self._layers[start - self.start : end - self.start], start, self._whole_config)
+
+    def new_cache(self) -> SpanCache:
+        """An empty KV cache for one session on this span."""
+        return SpanCache(self._base.config, self.start)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cache: SpanCache,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run the span's layers over new positions and append their keys and values to `cache`.
+
+        Args:
+            hidden_states: ``[batch, positions, hidden]``, in the span's dtype and on its device.
+            position_ids: ``[batch, positions]`` int64; default: those that follow the cached ones.
+            attention_mask: ``[batch, cached + positions]`` int64, 0 where there is padding; default: no padding.
+
+        Returns:
+            ``[batch, positions, hidden]``: the hidden states before block ``end`` (before the final norm,
+            when the span ends the model).
+        """
+        arguments: dict[str, Any] = {"inputs_embeds": hidden_states, "past_key_values": cache, "use_cache": True}
+        if position_ids is not None:
+            arguments["position_ids"] = position_ids
+        if attention_mask is not None:
+            arguments["attention_mask"] = attention_mask
+        outlet: list[torch.Tensor] = []
+
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            if args:
+                return (hidden_states, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": hidden_states}
+
+        def leave(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            outlet.append(output[0] if isinstance(output, tuple) else output)
+
+        inlet = self._layers[0].register_forward_pre_hook(enter, with_kwargs=True)
+        exit_ = self._layers[-1].register_forward_hook(leave)
+        try:
+            self._base(**arguments)
+        finally:
+            inlet.remove()
+            exit_.remove()
+        return outlet[0]
+
+
+def load_span(
+    checkpoint: Checkpoint,
+    start: int,
+    end: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    on_bytes: Callable[[int], None] = lambda _: None,
+) -> Span:
+    """Read the weights of blocks ``[start, end)``, check them against known digests, and make them runnable.
+
+    Args:
+        on_bytes: called with the size on disk of every tensor that was read, for a progress bar.
+
+    Raises:
+        CorruptCheckpoint: a tensor is missing or its block's checksum is wrong.
+        UnsupportedFamily: the model's layers cannot be found.
+    """
+    if not 0 <= start < end <= checkpoint.num_blocks:
+        raise ValueError(f"[{start}, {end}) is not a span of a model with {checkpoint.num_blocks} blocks")
+    for block in range(start, end):
+        checkpoint.verify(block)
+    names = [name for block in range(start, end) for name in checkpoint.tensor_names(block)]
+    config = copy.deepcopy(checkpoint.config)
+    config.tie_word_embeddings = False  # there is neither an embedding nor a head here
+    model = load_part(
+        checkpoint, config, names, lambda whole: keep_only_layers(whole, start, end), dtype, device, on_bytes
+    )
+    base = find_base(model)
+    layers = next(child for child in base.children() if isinstance(child, NumberedLayers))
+    return Span.over(base, list(layers.children()), start, base.config)
+
+
+def _cut_config(config: PretrainedConfig, start: int, end: int) -> PretrainedConfig:
+    """`config` as the base model's loop over its layers must see it: as many layers as there are, and their types."""
+    cut = copy.deepcopy(config)
+    layer_types = getattr(config, "layer_types", None)
+    cut.num_hidden_layers = end - start
+    if layer_types is not None:
+        cut.layer_types = list(layer_types[start:end])
+    return cut
