@@ -89,9 +89,7 @@ class Hop:
             RemoteError: it refused.
         """
         await node.connect(server.peer_id, server.addresses, timeout_s=settings.connect_timeout_s)
-        reader, writer = await node.open_stream(
-            server.peer_id, STREAM_PROTOCOL, timeout_s=settings.connect_timeout_s
-        )
+        reader, writer = await node.open_stream(server.peer_id, STREAM_PROTOCOL, timeout_s=settings.connect_timeout_s)
         hop = cls(leg, reader, writer, settings)
         try:
             hop._machine.open(Open(model=model, start=leg.start, end=leg.end, batch=batch, max_length=max_length))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 
 from swarm.client.background import BackgroundLoop
@@ -100,6 +100,10 @@ class DistributedMixin(PreTrainedModel):
         self.__dict__.update(_checkpoint=checkpoint, _network=network, _layers=layers, _step_lock=threading.RLock())
         atexit.register(self.disconnect)
 
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that came with the checkpoint."""
+        return self._checkpoint.tokenizer()
+
     def inference_session(self, *, max_length: int) -> InferenceSession:
         """Open a session with room for `max_length` positions; close it, or use it as a context manager.
 
@@ -129,12 +133,14 @@ class DistributedMixin(PreTrainedModel):
             raise NotImplementedError("training through the swarm is not implemented yet; use torch.no_grad()")
         if past_key_values is not None and not isinstance(past_key_values, RemoteCache):
             raise TypeError(
-                f"past_key_values is a {type(past_key_values).__name__}; a distributed model's cache is on its servers: "
-                "pass what this model returned, or nothing"
+                f"past_key_values is a {type(past_key_values).__name__}, but a distributed model's cache is on its "
+                "servers: pass what this model returned, or nothing"
             )
         kept = use_cache if use_cache is not None else self.config.use_cache
         length = given.shape[1]
-        cache = past_key_values or RemoteCache(self.inference_session(max_length=length + (_DEFAULT_ROOM if kept else 0)))
+        cache = past_key_values or RemoteCache(
+            self.inference_session(max_length=length + (_DEFAULT_ROOM if kept else 0))
+        )
         mask = _mask_of_new_positions(attention_mask, length)
 
         def run(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -191,8 +197,8 @@ class DistributedMixin(PreTrainedModel):
     ) -> Any:
         if generation_config.cache_implementation is not None:
             raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r} is about a local cache; a distributed "
-                "model's cache is on its servers. Leave it out."
+                f"cache_implementation={generation_config.cache_implementation!r} is about a local cache; a "
+                "distributed model's cache is on its servers. Leave it out."
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = RemoteCache(self.inference_session(max_length=max_cache_length))

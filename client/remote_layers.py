@@ -17,11 +17,28 @@ class RemoteCache(Cache):  # type: ignore[misc]
 
     ``generate()`` passes it from step to step, reorders it for beams and crops it for drafts; pass it as
     ``past_key_values`` to go on with a conversation.
+
+    Attributes:
+        token_ids: what is in the cache, ``[batch, length]``, if the caller keeps count (:meth:`keep_common_prefix`).
     """
 
     def __init__(self, session: InferenceSession) -> None:
         self.session = session
+        self.token_ids: torch.Tensor | None = None
         super().__init__(layers=[_RemoteCacheLayer(session)])
+
+    def keep_common_prefix(self, input_ids: torch.Tensor) -> None:
+        """Forget what differs from `input_ids` (set :attr:`token_ids` to what was generated first).
+
+        A chat template may rewrite earlier turns; what it left alone need not be computed again. At least the last
+        of `input_ids` is left to compute.
+        """
+        position = min(self.session.position, input_ids.shape[1] - 1)
+        if self.token_ids is not None:
+            position = min(position, self.token_ids.shape[1])
+            same = (self.token_ids[:, :position] == input_ids[:, :position]).all(dim=0)
+            position = position if bool(same.all()) else int(same.int().argmin())
+        self.session.position = position
 
 
 class _RemoteCacheLayer(DynamicLayer):  # type: ignore[misc]
@@ -49,7 +66,9 @@ class _RemoteCacheLayer(DynamicLayer):  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
         position = self._session.position
-        self._session.position = position + tokens_to_remove if tokens_to_remove < 0 else min(position, tokens_to_remove)
+        self._session.position = (
+            position + tokens_to_remove if tokens_to_remove < 0 else min(position, tokens_to_remove)
+        )
 
     def reset(self) -> None:
         self._session.position = 0

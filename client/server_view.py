@@ -40,7 +40,9 @@ class ServerView:
 
     def route(self, start: int, end: int, *, salt: str, without: str | None = None) -> tuple[Leg, ...] | None:
         """The best way through ``[start, end)`` over servers in good standing; None if there is none."""
-        usable = [server for server in self._servers.values() if server.peer_id != without and not self._objection(server)]
+        usable = [
+            server for server in self._servers.values() if server.peer_id != without and not self._objection(server)
+        ]
         return find_route([_hosted(server) for server in usable], start, end, salt=salt)
 
     def penalize(self, peer_id: str, error: Exception) -> None:
@@ -85,7 +87,10 @@ class ServerView:
         if not server.block_digests or not self._checkpoint.files.paths:
             return False
         own = self._checkpoint.digests.blocks[server.start : server.end]
-        return any(len(theirs) < 16 or not mine.startswith(theirs) for mine, theirs in zip(own, server.block_digests, strict=True))
+        return any(
+            len(theirs) < 16 or not mine.startswith(theirs)
+            for mine, theirs in zip(own, server.block_digests, strict=True)
+        )
 
 
 def _hosted(server: Announcement) -> HostedSpan:

@@ -273,7 +273,7 @@ class Session:
     async def _lose(self, hop: Hop, error: Exception) -> None:
         """Take a server that failed out of the route."""
         if not isinstance(error, CannotRollBack):  # that one is well; it only needs the session anew
-            logger.warning("lost %s (blocks %d to %d): %s", hop.peer_id, hop.start, hop.end - 1, error)
+            logger.info("lost %s (blocks %d to %d): %s", hop.peer_id, hop.start, hop.end - 1, error)
             self._view.penalize(hop.peer_id, error)
         self._lost.append((Leg(hop.peer_id, hop.start, hop.end), str(error), time.monotonic()))
         del self._hops[hop.start]

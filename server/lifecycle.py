@@ -176,9 +176,16 @@ class Server:
         total = sum(checkpoint.block_elements(block) for block in range(start, end))
 
         def load() -> tuple[Span, float, tuple[str, ...]]:
-            with tqdm(total=total, unit=" weights", unit_scale=True, desc=f"Loading blocks {start} to {end - 1}") as bar:
+            with tqdm(
+                total=total, unit=" weights", unit_scale=True, desc=f"Loading blocks {start} to {end - 1}"
+            ) as bar:
                 span = load_span(
-                    checkpoint, start, end, dtype=self._prepared.dtype, device=self._prepared.device, on_bytes=bar.update
+                    checkpoint,
+                    start,
+                    end,
+                    dtype=self._prepared.dtype,
+                    device=self._prepared.device,
+                    on_bytes=bar.update,
                 )
             digests = checkpoint.digests.blocks if checkpoint.files.paths else ()
             gc.collect()

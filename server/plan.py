@@ -48,7 +48,7 @@ class MemoryPlan:
         rows = [
             ("memory allowed", self.memory_bytes, self.memory_from),
             ("program, buffers", PROCESS_BYTES + WORKING_BYTES, "torch, p2pd, activations in flight"),
-            ("weights", self.weight_bytes, f"{self.num_blocks} of {self.model_blocks} blocks, {size(self.block_bytes)} each"),
+            ("weights", self.weight_bytes, f"{self.num_blocks} of {self.model_blocks} blocks"),
             ("KV cache, at most", self.kv_bytes, f"{self.kv_tokens:,} positions, {size(per_block)} per block"),
             ("total, at most", self.total_bytes, ""),
         ]  # fmt: skip

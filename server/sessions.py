@@ -96,8 +96,7 @@ class SessionTable:
             )
         if not self._span.start <= request.start < request.end <= self._span.end:
             raise BlocksNotHosted(
-                f"this server hosts blocks [{self._span.start}, {self._span.end}), "
-                f"not [{request.start}, {request.end})"
+                f"this server hosts blocks [{self._span.start}, {self._span.end}), not [{request.start}, {request.end})"
             )
         if len(self._held) >= self._max_sessions:
             raise CacheFull(f"this server holds {self._max_sessions} sessions already, which is its limit")

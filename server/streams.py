@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-import time
 
 import torch
 
@@ -32,6 +32,8 @@ class StreamServer:
         self._hidden_size, self._dtype = hidden_size, dtype
         self._idle_timeout_s = idle_timeout_s
         self._streams: set[_Stream] = set()
+        self._no_session = asyncio.Event()
+        self._no_session.set()
         self.steps = 0
         """Steps computed since the start."""
 
@@ -53,15 +55,21 @@ class StreamServer:
         self._table.draining = True
         for stream in list(self._streams):
             stream.announce_drain(within_s)
-        deadline = time.monotonic() + within_s
-        while len(self._table) and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._no_session.wait()
 
     def open(self, request: Open) -> HeldSession:
-        return self._table.open(request)
+        """Admit a session. Raises RemoteError: why not."""
+        session = self._table.open(request)
+        self._no_session.clear()
+        return session
 
     def close(self, session: HeldSession) -> None:
+        """Free a session."""
         self._table.close(session)
+        if not len(self._table):
+            self._no_session.set()
 
     async def run(self, session: HeldSession, request: StepRequested) -> tuple[torch.Tensor, float, float]:
         """Compute a step. Returns (hidden states, seconds waited, seconds computed).
@@ -77,7 +85,9 @@ class StreamServer:
         except (RuntimeError, ValueError, IndexError, MemoryError) as error:
             # One session's failure (out of memory above all) must not end the others'.
             logger.exception("a step failed")
-            raise ServerFault(f"the computation failed: {str(error).splitlines()[0] if str(error) else error!r}") from error
+            raise ServerFault(
+                f"the computation failed: {str(error).splitlines()[0] if str(error) else error!r}"
+            ) from error
         self.steps += 1
         return output, timed.queue_s, timed.compute_s
 

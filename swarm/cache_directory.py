@@ -35,7 +35,7 @@ def _write_then_rename(path: Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError:  # also when another process was faster and its directory is already there
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.unlink(missing_ok=True)

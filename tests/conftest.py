@@ -1,10 +1,22 @@
-"""What all tests share: a private home for caches, away from the user's."""
+"""What tests share: a private home for caches, the real model, and swarms of real processes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from swarm.client import AutoDistributedModelForCausalLM
+from swarm.commands.local_swarm import LocalSwarm
+from swarm.models import Checkpoint, open_checkpoint
+from swarm.models.local import load_whole_model
+
+QUESTION = "Write three sentences about the sea."
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -12,4 +24,60 @@ def swarm_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Everything that Swarm keeps goes to a temporary directory; child processes inherit it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SWARM_HOME", str(tmp_path_factory.mktemp("swarm-home")))
+        torch.set_num_threads(1)
         yield
+
+
+@dataclass(frozen=True)
+class SmolLM2:
+    """The real model on this machine: what a swarm's output must equal."""
+
+    checkpoint: Checkpoint
+    whole: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def chat(self, *contents: str) -> Any:
+        """The inputs for a conversation in which user and assistant take turns."""
+        roles = ("user", "assistant")
+        messages = [{"role": roles[turn % 2], "content": content} for turn, content in enumerate(contents)]
+        return self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+
+    @functools.lru_cache  # noqa: B019 - one instance, which lives as long as the tests
+    def greedy(self, question: str, max_new_tokens: int) -> torch.Tensor:
+        """The local model's answer, prompt included."""
+        ids: torch.Tensor = self.whole.generate(
+            **self.chat(question), do_sample=False, max_new_tokens=max_new_tokens, min_new_tokens=max_new_tokens
+        )
+        return ids
+
+
+@pytest.fixture(scope="session")
+def smollm2(swarm_home: None) -> SmolLM2:
+    """SmolLM2-135M-Instruct, loaded by transformers alone."""
+    checkpoint = open_checkpoint("smollm2")
+    return SmolLM2(checkpoint, load_whole_model(checkpoint), checkpoint.tokenizer())
+
+
+@pytest.fixture(scope="module")
+def swarm(swarm_home: None) -> Iterator[LocalSwarm]:
+    """A bootstrap peer; the test module starts the servers that it needs."""
+    with LocalSwarm() as local:
+        yield local
+
+
+@pytest.fixture(scope="module")
+def connect(swarm: LocalSwarm) -> Iterator[Callable[..., Any]]:
+    """Opens models on the module's swarm, and closes them at the end."""
+    opened = []
+
+    def open_model(model: str, **options: Any) -> Any:
+        opened.append(
+            AutoDistributedModelForCausalLM.from_pretrained(model, initial_peers=swarm.initial_peers, **options)
+        )
+        return opened[-1]
+
+    yield open_model
+    for model in opened:
+        model.disconnect()

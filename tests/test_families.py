@@ -99,7 +99,9 @@ def test_logits_through_spans_equal_local(name: str, saved: Callable[[str], Path
     assert expected[0].std() > 0.1, "a model that says nothing proves nothing"
     checkpoint = open_checkpoint(saved(name))
     for cut in CUTS:
-        found = logits_through_spans(checkpoint, [load_span(checkpoint, *ends, dtype=torch.float32) for ends in cut], steps)
+        found = logits_through_spans(
+            checkpoint, [load_span(checkpoint, *ends, dtype=torch.float32) for ends in cut], steps
+        )
         for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0, msg=lambda text, n=number: f"step {n}: {text}")
         bit_equal = all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))

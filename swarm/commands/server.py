@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
+from swarm.commands.addresses import listen_addresses
 from swarm.commands.output import Output, add_output_arguments, run_command
 from swarm.dht import Announcement
+from swarm.protocol.tensors import dtype_name
 from swarm.server import Server, ServerSettings
 from swarm.server.lifecycle import Prepared, prepare
-from swarm.protocol.tensors import dtype_name
 
 _EPILOG = """\
 examples:
@@ -146,21 +147,51 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--revision", help="branch, tag or commit on the Hub")
     what.add_argument("--allow-untested-family", action="store_true", help="host families that no test covers")
     machine = parser.add_argument_group("what to give")
-    machine.add_argument("--memory", type=parse_size, metavar="SIZE", help="use at most this much, e.g. 12GiB (default: 80%% of what is free)")
-    machine.add_argument("--kv-tokens", type=_positive, metavar="N", help="positions of KV cache to offer (default: what fits, up to 65536)")
+    machine.add_argument(
+        "--memory",
+        type=parse_size,
+        metavar="SIZE",
+        help="use at most this much, e.g. 12GiB (default: 80%% of what is free)",
+    )
+    machine.add_argument(
+        "--kv-tokens",
+        type=_positive,
+        metavar="N",
+        help="positions of KV cache to offer (default: what fits, up to 65536)",
+    )
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (default: auto)")
     machine.add_argument("--dtype", choices=_DTYPES, default="auto", help="precision (default: that of the checkpoint)")
     machine.add_argument("--threads", type=_positive, metavar="N", help="CPU threads to compute with")
     machine.add_argument("--max-sessions", type=_positive, default=256, metavar="N", help="(default: 256)")
     network = parser.add_argument_group("network")
-    network.add_argument("--initial-peers", nargs="+", default=[], metavar="ADDRESS", help="peers to join through (default: begin a new swarm)")
+    network.add_argument(
+        "--initial-peers",
+        nargs="+",
+        default=[],
+        metavar="ADDRESS",
+        help="peers to join through (default: begin a new swarm)",
+    )
     network.add_argument("--host", default="0.0.0.0", help="IP address to listen on (default: all)")
     network.add_argument("--port", type=int, default=0, help="port to listen on, TCP and QUIC (default: any)")
-    network.add_argument("--announce", nargs="+", default=[], metavar="ADDRESS", help="tell others these addresses instead")
-    network.add_argument("--private-network", action="store_true", help="do not open the router's NAT, do not use relays")
-    network.add_argument("--identity", type=Path, metavar="FILE", help="key file, made if missing: keeps the peer id over restarts")
-    network.add_argument("--public-name", default="", metavar="NAME", help="be called so on public pages (default: anonymous)")
-    network.add_argument("--drain-timeout", type=float, default=10.0, metavar="S", help="when leaving, wait so long for sessions to move (default: 10)")
+    network.add_argument(
+        "--announce", nargs="+", default=[], metavar="ADDRESS", help="tell others these addresses instead"
+    )
+    network.add_argument(
+        "--private-network", action="store_true", help="do not open the router's NAT, do not use relays"
+    )
+    network.add_argument(
+        "--identity", type=Path, metavar="FILE", help="key file, made if missing: keeps the peer id over restarts"
+    )
+    network.add_argument(
+        "--public-name", default="", metavar="NAME", help="be called so on public pages (default: anonymous)"
+    )
+    network.add_argument(
+        "--drain-timeout",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="when leaving, wait so long for sessions to move (default: 10)",
+    )
     add_output_arguments(parser)
     return parser
 
@@ -183,17 +214,6 @@ def parse_size(text: str) -> int:
         return int(float(match[1]) * factor) if match else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write e.g. 12GiB or 800MiB") from None
-
-
-def listen_addresses(host: str, port: int, *, quic: bool) -> tuple[str, ...]:
-    """The multiaddrs for a host and port.
-
-    QUIC gets through more routers. But the kernel resets a dead process's TCP connections and cannot do so for
-    QUIC, so where no router is in the way TCP alone notices deaths sooner.
-    """
-    family = "ip6" if ":" in host else "ip4"
-    tcp = f"/{family}/{host}/tcp/{port}"
-    return (tcp, f"/{family}/{host}/udp/{port}/quic-v1") if quic else (tcp,)
 
 
 def _positive(text: str) -> int:

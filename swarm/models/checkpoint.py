@@ -93,8 +93,7 @@ class Checkpoint:
             digests = Digests(
                 digest_tensors(self.files, self.tensor_names(None), bar.update),
                 tuple(
-                    digest_tensors(self.files, self.tensor_names(block), bar.update)
-                    for block in range(self.num_blocks)
+                    digest_tensors(self.files, self.tensor_names(block), bar.update) for block in range(self.num_blocks)
                 ),
             )
         remember_digests(self.files, digests)
@@ -162,10 +161,7 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, allow_unt
     else:
         config = _read_config(location)
         check_family(config, allow_untested=allow_untested)
-        if commit is None:
-            files = SafetensorsFiles.from_directory(location)
-        else:
-            files = SafetensorsFiles.from_hub(name, commit)
+        files = SafetensorsFiles.from_directory(location) if commit is None else SafetensorsFiles.from_hub(name, commit)
     check_family(config, allow_untested=allow_untested)
     return Checkpoint(name, location, config, files, commit)
 

@@ -58,7 +58,7 @@ def load_part(
     part_class = type(whole_class.__name__, (whole_class,), {"__init__": build, "__module__": whole_class.__module__})
     with torch.device("meta"):
         skeleton = part_class(config)
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             state_dict = {
                 key: _ReportsReading(value, on_bytes)
@@ -90,7 +90,7 @@ class _ReportsReading:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keep transformers' loading report and progress bar off the terminal: ours says what matters."""
     verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

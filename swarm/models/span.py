@@ -135,7 +135,9 @@ class Span:
             arguments["attention_mask"] = attention_mask
         outlet: list[torch.Tensor] = []
 
-        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def enter(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             if args:
                 return (hidden_states, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": hidden_states}

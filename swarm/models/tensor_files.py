@@ -16,13 +16,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.integrations.gguf.dequant import dequantize
 from transformers.integrations.gguf.reader import GgufHeader, LazyGgufTensor, load_gguf_state_dict
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
-from swarm.errors import CheckpointNotFound, CorruptCheckpoint
+from swarm.errors import CheckpointNotFound, CorruptCheckpoint, UnsupportedFamily
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class TensorFiles(Protocol):
 
 
 class SafetensorsFiles:
-    """Tensors in safetensors shards; a shard is opened (and, from the Hub, downloaded) when one of its tensors is read."""
+    """Tensors in safetensors shards; a shard is opened (from the Hub: downloaded) when one of its tensors is read."""
 
     def __init__(self, shards: Mapping[str, list[TensorEntry]], fetch: Callable[[str], Path], local: bool) -> None:
         self._fetch = fetch
@@ -123,6 +124,12 @@ class GgufFile:
         except (ValueError, IndexError, KeyError, OverflowError, OSError, struct.error) as error:
             raise CorruptCheckpoint(f"{path} cannot be read as GGUF: {error}. Download the file again.") from error
         self._architecture = header.architecture
+        if header.architecture not in _GGUF_ARCHITECTURES or any("_exps." in name for name in self._tensors):
+            raise UnsupportedFamily(
+                f"{path} is not supported: Swarm reads GGUF files of dense models that gguf-py knows, and this is "
+                f"{header.architecture} {'with experts' if '_exps.' in ''.join(self._tensors) else ''}. "
+                "Use the model's safetensors."
+            )
         self.entries = {
             info.name: TensorEntry(info.name, tuple(info.shape), f"ggml-{info.ggml_type}", info.nbytes)
             for info in header.tensors
@@ -133,17 +140,31 @@ class GgufFile:
 
     def lazy_state_dict(self, names: Collection[str], model: PreTrainedModel) -> dict[str, Any]:
         processor = TENSOR_PROCESSORS.get(self._architecture, TensorProcessor)(config=model.config.to_dict())
-        # Layers keep their numbers, and gguf-py names as many as the configuration says.
-        hf_names = get_gguf_hf_weights_map(model, processor)
+        hf_names = self._names_in(model)
         return {
             hf_names[name]: _DequantizedOnRead(self._tensors[name], name, processor, self.entries[name].shape)
             for name in names
             if name in hf_names
         }
 
+    def _names_in(self, model: PreTrainedModel) -> dict[str, str]:
+        """GGUF name → name in `model`, for every weight that `model` has."""
+        names = get_tensor_name_map(_GGUF_ARCHITECTURES[self._architecture], model.config.num_hidden_layers)
+        found = {}
+        for hf_name in model.state_dict():
+            for variant in (hf_name, hf_name.removeprefix(f"{model.base_model_prefix}.")):
+                gguf_name = names.get_name(variant, try_suffixes=(".weight", ".bias"))
+                if gguf_name is not None:
+                    found[gguf_name] = hf_name
+                    break
+        return found
+
     def raw(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
         bytes_: np.ndarray[Any, np.dtype[np.uint8]] = self._tensors[name].data
         return bytes_
+
+
+_GGUF_ARCHITECTURES = {name: architecture for architecture, name in MODEL_ARCH_NAMES.items()}
 
 
 class _DequantizedOnRead:

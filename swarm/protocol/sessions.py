@@ -120,7 +120,7 @@ class _Wire:
 
     def receive(self, data: Buffer) -> list[tuple[Message, dict[str, torch.Tensor]]]:
         """The messages in `data` that are not pings or pongs; pings are answered."""
-        messages = []
+        messages: list[tuple[Message, dict[str, torch.Tensor]]] = []
         for frame in self._decoder.feed(data):
             message, tensors = decode_message(frame)
             if isinstance(message, Ping):
@@ -286,9 +286,7 @@ class ClientSession:
             case Output(), _State.OPEN:
                 if "hidden_states" not in tensors:
                     raise ProtocolError("an output carries no hidden_states")
-                return OutputReceived(
-                    message.sequence, tensors["hidden_states"], message.queue_s, message.compute_s
-                )
+                return OutputReceived(message.sequence, tensors["hidden_states"], message.queue_s, message.compute_s)
             case Refusal(), _:
                 error = REMOTE_ERRORS.get(message.code, RemoteError)(message.reason)
                 return Refused(error, message.retry_after_s)

@@ -46,7 +46,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def encode_tensors(tensors: dict[str, torch.Tensor]) -> tuple[list[TensorHeader], list[Buffer]]:
     """Headers and payload parts for `tensors`; memory on the CPU is not copied."""
-    headers, parts = [], []
+    headers: list[TensorHeader] = []
+    parts: list[Buffer] = []
     for name, tensor in tensors.items():
         flat = tensor.detach().to("cpu").contiguous()
         headers.append(TensorHeader(name=name, dtype=dtype_name(flat.dtype), shape=list(flat.shape)))

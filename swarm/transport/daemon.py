@@ -59,6 +59,8 @@ class P2pDaemon:
     ) -> P2pDaemon:
         """Start the daemon and wait until it takes commands.
 
+        On Linux it also dies with the *thread* that runs this event loop: let the loop end after :meth:`stop`.
+
         Args:
             listen: multiaddrs; port 0 means any.
             announce: multiaddrs to tell others instead of those listened on.
@@ -96,7 +98,7 @@ class P2pDaemon:
                 stderr=asyncio.subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,  # the terminal's Ctrl-C is for us, not for the daemon
-                preexec_fn=_die_with_parent(os.getpid()),
+                preexec_fn=die_with_parent(os.getpid()),
             )
         except OSError as error:
             shutil.rmtree(directory, ignore_errors=True)
@@ -130,8 +132,8 @@ class P2pDaemon:
         shutil.rmtree(self._directory, ignore_errors=True)
 
 
-def _die_with_parent(parent: int) -> Callable[[], None] | None:
-    """On Linux: have the kernel kill the daemon when its parent dies, however it dies (prctl(2))."""
+def die_with_parent(parent: int) -> Callable[[], None] | None:
+    """A ``preexec_fn`` that has Linux kill the child when the thread that started it ends, however it ends (prctl(2))."""
     if not sys.platform.startswith("linux"):
         return None
     prctl = ctypes.CDLL(None, use_errno=True).prctl

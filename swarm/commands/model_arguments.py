@@ -1,0 +1,46 @@
+"""What ``generate`` and ``chat`` have in common: the model, the way into the swarm, and sampling."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from swarm.client import DistributedMixin
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL, --initial-peers, --deadline, sampling."""
+    parser.add_argument("model", help="alias (smollm2), directory, .gguf file, or Hugging Face Hub id")
+    parser.add_argument("--initial-peers", nargs="+", required=True, metavar="ADDRESS", help="peers to join through")
+    parser.add_argument(
+        "--deadline", type=float, default=60.0, metavar="S", help="wait so long for missing blocks (default: 60)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="(default: 256)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="(default: 1)")
+    parser.add_argument("--seed", type=int, help="make sampling repeatable")
+
+
+def connect(options: argparse.Namespace) -> tuple[DistributedMixin, PreTrainedTokenizerBase]:
+    """The model on the swarm, and its tokenizer."""
+    import torch
+
+    from swarm.client import AutoDistributedModelForCausalLM
+
+    if options.seed is not None:
+        torch.manual_seed(options.seed)
+    model = AutoDistributedModelForCausalLM.from_pretrained(
+        options.model, initial_peers=options.initial_peers, deadline_s=options.deadline
+    )
+    return model, model.tokenizer()
+
+
+def sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of ``generate()``."""
+    chosen: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "do_sample": options.temperature > 0}
+    if options.temperature > 0:
+        chosen |= {"temperature": options.temperature, "top_p": options.top_p}
+    return chosen
