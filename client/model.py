@@ -21,7 +21,7 @@ from swarm.models import Checkpoint, load_shell, open_checkpoint
 from swarm.models.loading import model_class_of
 from swarm.protocol.tensors import dtype_name
 
-_DEFAULT_ROOM = 256
+_DEFAULT_ROOM = 64
 """Positions beyond the first input to ask for, when nobody says how long a session will become."""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from swarm.placement import choose_span
 from swarm.protocol.messages import STREAM_PROTOCOL
 from swarm.protocol.tensors import dtype_name
 from swarm.server.compute import ComputeThread
-from swarm.server.machine import allowed_memory, choose_device
+from swarm.server.machine import allowed_memory, choose_device, give_back_memory
 from swarm.server.plan import MemoryPlan, make_plan
 from swarm.server.sessions import SessionTable
 from swarm.server.settings import ServerSettings
@@ -188,8 +187,8 @@ class Server:
                     on_bytes=bar.update,
                 )
             digests = checkpoint.digests.blocks if checkpoint.files.paths else ()
-            gc.collect()
-            gc.freeze()  # what loading left is here to stay; the collector need not look at it again
+            checkpoint.files.release()
+            give_back_memory()
             return span, _measure_throughput(span, checkpoint.hidden_size), digests
 
         (span, self._throughput, digests), _ = await self._compute.run(load)

@@ -142,9 +142,7 @@ def test_tokens_survive_a_death_during_the_recovery_from_another(
     assert session.recoveries[0].pause_s > 1.0
 
 
-def test_a_server_that_leaves_politely_hands_its_sessions_over(
-    swarm: LocalSwarm, model: Any, smollm2: SmolLM2
-) -> None:
+def test_a_server_that_leaves_politely_hands_its_sessions_over(swarm: LocalSwarm, model: Any, smollm2: SmolLM2) -> None:
     leaver: list[LocalPeer] = []
 
     def ask_to_leave(session: Any) -> None:
@@ -169,8 +167,10 @@ def test_beams_survive_a_death(swarm: LocalSwarm, model: Any, smollm2: SmolLM2) 
         ids = model.generate(**smollm2.chat(QUESTION), session=session, **options)
         killer.join()
     assert ids.tolist() == expected.tolist()
+    assert session.recoveries[0].replayed_positions > 0
 
 
 def servers_of(swarm: LocalSwarm, start: int) -> list[LocalPeer]:
     """The living servers whose span begins at `start`."""
-    return [peer for peer in swarm.servers if peer.process.poll() is None and peer.ready and peer.ready["start"] == start]
+    alive = [peer for peer in swarm.servers if peer.process.poll() is None]
+    return [peer for peer in alive if peer.ready and peer.ready["start"] == start]

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import BLOCKS, TINY_MODELS, VOCABULARY, WINDOW, save_tiny_model
+from tiny_models import TINY_MODELS, VOCABULARY, save_tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from swarm.errors import UnsupportedFamily
 from swarm.models import EXACT_FAMILIES, Checkpoint, Span, SpanCache, load_shell, load_span, open_checkpoint
 
 NOT_BIT_EQUAL: frozenset[str] = frozenset()

@@ -124,9 +124,9 @@ def tiny_model(name: str, *, seed: int = 0) -> PreTrainedModel:
         persistent = model.state_dict()
         with torch.no_grad():
             for tensor_name, tensor in persistent.items():
-                if tensor.ndim == 1 and tensor.is_floating_point():  # norms, biases, attention sinks
-                    tensor.add_(0.1 * torch.randn_like(tensor))
-                elif "bias" in tensor_name:  # of experts, which start at zero
+                if (
+                    tensor.ndim == 1 and tensor.is_floating_point()
+                ) or "bias" in tensor_name:  # norms, biases, attention sinks
                     tensor.add_(0.1 * torch.randn_like(tensor))
     return model.float().eval()
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+import uvloop
 
 from swarm.commands.addresses import listen_addresses
 from swarm.commands.output import Output, add_output_arguments, run_command
@@ -62,7 +63,7 @@ def _run(settings: ServerSettings, output: Output) -> int:
         await server.run(lambda announcement: _show_ready(announcement, output))
 
     try:
-        asyncio.run(serve())
+        uvloop.run(serve())
     except asyncio.CancelledError:
         output.say("Stopped at once; clients will find other servers by themselves.")
         return 130

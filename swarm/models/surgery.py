@@ -34,6 +34,28 @@ class _NoEmbedding(nn.Module):
         return torch.zeros(*ids.shape, 1, device=ids.device)
 
 
+class _LayerOutput(torch.Tensor):
+    """Hidden states that serve for both things that families' layers return: themselves, or a tuple they are first in."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # whatever is computed from it is a plain tensor
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        plain = self.as_subclass(torch.Tensor)
+        return plain if isinstance(index, int) and index == 0 else plain[index]
+
+
+class _InPlaceOfLayers(nn.Module):
+    """Calls another module, and returns what it returns as the family's layers would."""
+
+    def __init__(self, replacement: nn.Module) -> None:
+        super().__init__()
+        self.replacement = replacement
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        hidden_states: torch.Tensor = self.replacement(*args, **kwargs)
+        return hidden_states.as_subclass(_LayerOutput)
+
+
 class _PassThrough(nn.Module):
     """Stands where a norm or a projection was: returns its input."""
 
@@ -75,9 +97,9 @@ def keep_only_layers(model: PreTrainedModel, start: int, end: int) -> None:
 
 
 def drop_layers(model: PreTrainedModel, replacement: nn.Module) -> None:
-    """Put `replacement` where `model` had all its decoder layers, in place."""
+    """Put `replacement`, which returns hidden states, where `model` had all its decoder layers, in place."""
     base = find_base(model)
-    setattr(base, layers_attribute(base), nn.ModuleList([replacement]))
+    setattr(base, layers_attribute(base), nn.ModuleList([_InPlaceOfLayers(replacement)]))
 
 
 def _replace_weights(parent: nn.Module, keep: str) -> None:

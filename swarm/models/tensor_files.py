@@ -53,6 +53,9 @@ class TensorFiles(Protocol):
     def raw(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """The bytes of one tensor as they lie on disk."""
 
+    def release(self) -> None:
+        """Unmap the files, whose pages would count as this process's memory; the next read maps them again."""
+
 
 class SafetensorsFiles:
     """Tensors in safetensors shards; a shard is opened (from the Hub: downloaded) when one of its tensors is read."""
@@ -98,6 +101,9 @@ class SafetensorsFiles:
         bytes_: np.ndarray[Any, np.dtype[np.uint8]] = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
         return bytes_
 
+    def release(self) -> None:
+        self._open.clear()
+
     def _handle(self, name: str) -> Any:
         shard = self._file_of[name]
         if shard not in self._open:
@@ -119,8 +125,8 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.paths = (path,)
         try:
-            header = GgufHeader.from_file(str(path))
-            self._tensors: dict[str, LazyGgufTensor] = load_gguf_state_dict(header)
+            self._header = header = GgufHeader.from_file(str(path))
+            self._open: dict[str, LazyGgufTensor] | None = load_gguf_state_dict(header)
         except (ValueError, IndexError, KeyError, OverflowError, OSError, struct.error) as error:
             raise CorruptCheckpoint(f"{path} cannot be read as GGUF: {error}. Download the file again.") from error
         self._architecture = header.architecture
@@ -146,6 +152,15 @@ class GgufFile:
             for name in names
             if name in hf_names
         }
+
+    def release(self) -> None:
+        self._open = None
+
+    @property
+    def _tensors(self) -> dict[str, LazyGgufTensor]:
+        if self._open is None:
+            self._open = load_gguf_state_dict(self._header)
+        return self._open
 
     def _names_in(self, model: PreTrainedModel) -> dict[str, str]:
         """GGUF name → name in `model`, for every weight that `model` has."""

@@ -133,7 +133,7 @@ class P2pDaemon:
 
 
 def die_with_parent(parent: int) -> Callable[[], None] | None:
-    """A ``preexec_fn`` that has Linux kill the child when the thread that started it ends, however it ends (prctl(2))."""
+    """A ``preexec_fn``: Linux will kill the child when the thread that started it ends, in whatever way (prctl(2))."""
     if not sys.platform.startswith("linux"):
         return None
     prctl = ctypes.CDLL(None, use_errno=True).prctl

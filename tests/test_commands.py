@@ -1,0 +1,120 @@
+"""The commands as a person and a script use them, on real processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from conftest import SmolLM2
+
+from swarm.commands.local_swarm import LocalSwarm
+
+
+def run(*arguments: str, input_: str | None = None, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "swarm.commands.main", *arguments],
+        capture_output=True,
+        text=True,
+        input=input_,
+        timeout=timeout_s,
+    )
+
+
+def last_object(text: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(text.splitlines()[-1])
+    return found
+
+
+@pytest.fixture(scope="module")
+def serving(swarm: LocalSwarm) -> LocalSwarm:
+    swarm.start_servers("smollm2", ["0:20", "20:30"], "--threads", "1")
+    return swarm
+
+
+@pytest.mark.parametrize("command", ["", "demo", "generate", "chat", "status", "bootstrap", "digest"])
+def test_help_explains(command: str) -> None:
+    result = run(*command.split(), "--help")
+    assert result.returncode == 0
+    assert "usage: swarm" in result.stdout
+
+
+def test_the_demo_kills_a_server_and_the_tokens_stay_the_same(smollm2: SmolLM2) -> None:
+    result = run("demo", "--json", "--max-new-tokens", "48", timeout_s=240)
+    figures = last_object(result.stdout)
+    assert result.returncode == 0
+    assert figures["identical"] is True
+    assert figures["killed_servers"] >= 1
+    assert figures["recoveries"] >= 1
+    assert 0 < figures["pause_s"] < 10
+    assert figures["swarm_tokens_per_s"] > 0 and figures["local_tokens_per_s"] > 0
+    assert "identical:  yes" in result.stderr
+
+
+def test_generate_prints_the_local_models_text(serving: LocalSwarm, smollm2: SmolLM2) -> None:
+    peers = ["--initial-peers", *serving.initial_peers]
+    result = run("generate", "smollm2", *peers, "--prompt", "The sea is", "--max-new-tokens", "12", "--json")
+    inputs = smollm2.tokenizer("The sea is", return_tensors="pt")
+    expected = smollm2.whole.generate(**inputs, do_sample=False, max_new_tokens=12)[0, inputs["input_ids"].shape[1] :]
+    assert result.returncode == 0, result.stderr
+    answer = last_object(result.stdout)
+    assert answer["token_ids"] == expected.tolist()
+    assert answer["text"] == smollm2.tokenizer.decode(expected, skip_special_tokens=True)
+    assert [(leg["start"], leg["end"]) for leg in answer["route"]] == [(0, 20), (20, 30)]
+
+
+def test_chat_answers_every_line_of_a_pipe_as_the_local_model_would(serving: LocalSwarm, smollm2: SmolLM2) -> None:
+    options = ["--initial-peers", *serving.initial_peers, "--max-new-tokens", "10", "--json"]
+    result = run("chat", "smollm2", *options, input_="Name one colour.\nName another.\n/quit\n")
+    assert result.returncode == 0, result.stderr
+    first, second = (json.loads(line) for line in result.stdout.splitlines())
+    expected_1 = smollm2.greedy("Name one colour.", 10)
+    inputs = smollm2.chat("Name one colour.", first["answer"], "Name another.")
+    expected_2 = smollm2.whole.generate(**inputs, do_sample=False, max_new_tokens=10)
+    prompt_1 = smollm2.chat("Name one colour.")["input_ids"].shape[1]
+    prompt_2 = inputs["input_ids"].shape[1]
+    assert expected_1[0, prompt_1:].tolist()[:4] == smollm2.tokenizer(first["answer"])["input_ids"][:4]
+    assert second["answer"] == smollm2.tokenizer.decode(expected_2[0, prompt_2:], skip_special_tokens=True)
+
+
+def test_status_shows_blocks_and_servers(serving: LocalSwarm) -> None:
+    result = run("status", "smollm2", "--initial-peers", *serving.initial_peers, "--json")
+    status = last_object(result.stdout)
+    assert result.returncode == 0
+    assert status["complete"] is True
+    assert status["redundancy"] == [1] * 30
+    assert {server["peer_id"] for server in status["servers"]} == {peer.peer_id for peer in serving.servers}
+    assert "Complete: every block has 1 or more servers" in result.stderr
+
+
+def test_status_of_a_model_that_nobody_hosts_says_so(serving: LocalSwarm, tmp_path_factory: Any) -> None:
+    from tiny_models import save_tiny_model
+
+    directory = tmp_path_factory.mktemp("lonely")
+    save_tiny_model("llama", directory)
+    result = run("status", str(directory), "--initial-peers", *serving.initial_peers)
+    assert result.returncode == 3
+    assert "INCOMPLETE: no server is online for 4 of 4 blocks: 0–3" in result.stdout
+
+
+def test_digest_writes_a_manifest_that_servers_check(tmp_path_factory: Any) -> None:
+    from tiny_models import save_tiny_model
+
+    directory = tmp_path_factory.mktemp("digest")
+    save_tiny_model("llama", directory)
+    result = run("digest", str(directory), "--write", "--json")
+    assert result.returncode == 0, result.stderr
+    manifest = json.loads((directory / "swarm-digests.json").read_text())
+    assert last_object(result.stdout)["blocks"] == manifest["blocks"]
+
+
+def test_errors_are_one_clear_sentence_and_a_code(serving: LocalSwarm) -> None:
+    nobody = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWRE8mzAbLiPHb17uqHkoab9NUSjfeswJvYjvTuAVikvKg"
+    result = run("generate", "smollm2", "--initial-peers", nobody, "--prompt", "Hi")
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: None of the initial peers answered")
+    assert "Traceback" not in result.stderr
+    unknown = run("generate", "smollm3000", "--initial-peers", *serving.initial_peers, "--prompt", "Hi")
+    assert "There is no model 'smollm3000'" in unknown.stderr
