@@ -72,7 +72,8 @@ TINY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", {**_DENSE, "sliding_window": WINDOW}),
     "phi3-longrope": ("phi3", {
         **_DENSE, "original_max_position_embeddings": 12, "rope_parameters": {
-            "rope_type": "longrope", "rope_theta": 10000.0, "factor": 64 / 12, "short_factor": [1.0 + 0.1 * i for i in range(8)],
+            "rope_type": "longrope", "rope_theta": 10000.0, "factor": 64 / 12,
+            "short_factor": [1.0 + 0.1 * i for i in range(8)],
             "long_factor": [2.0 + 0.3 * i for i in range(8)]}}),
     "olmo2": ("olmo2", _DENSE),
     "falcon": ("falcon", {**_FALCON, "multi_query": True, "parallel_attn": True}),

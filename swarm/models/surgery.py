@@ -35,7 +35,7 @@ class _NoEmbedding(nn.Module):
 
 
 class _LayerOutput(torch.Tensor):
-    """Hidden states that serve for both things that families' layers return: themselves, or a tuple they are first in."""
+    """Hidden states that serve as either thing that families' layers return: themselves, or a tuple with them first."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # whatever is computed from it is a plain tensor
 
