@@ -20,6 +20,7 @@ from swarm.placement import choose_span
 from swarm.protocol.messages import STREAM_PROTOCOL
 from swarm.protocol.tensors import dtype_name
 from swarm.server.compute import ComputeThread
+from swarm.server.huge_pages import lay_in_huge_pages
 from swarm.server.machine import allowed_memory, choose_device, give_back_memory
 from swarm.server.plan import MemoryPlan, make_plan
 from swarm.server.sessions import SessionTable
@@ -188,6 +189,7 @@ class Server:
                 )
             digests = checkpoint.digests.blocks if checkpoint.files.paths else ()
             checkpoint.files.release()
+            lay_in_huge_pages(span.weights())
             give_back_memory()
             return span, _measure_throughput(span, checkpoint.hidden_size), digests
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +95,12 @@ class Span:
     @property
     def weight_bytes(self) -> int:
         """What the span's weights occupy."""
-        return sum(weight.numel() * weight.element_size() for layer in self._layers for weight in layer.parameters())
+        return sum(weight.numel() * weight.element_size() for weight in self.weights())
+
+    def weights(self) -> Iterator[nn.Parameter]:
+        """Every weight of the span."""
+        for layer in self._layers:
+            yield from layer.parameters()
 
     def part(self, start: int, end: int) -> Span:
         """The same weights, fewer blocks: ``[start, end)`` must lie within this span."""
