@@ -8,7 +8,7 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 VENV := .venv
-PIP := $(VENV)/bin/pip --disable-pip-version-check -q
+PIP := $(VENV)/bin/pip --disable-pip-version-check -qq
 TREE := $(VENV)/tree/swarm
 INSTALL := $(PIP) install -c constraints.txt
 
@@ -26,7 +26,7 @@ lint: $(VENV)/.installed-test
 	@# Tools that do not run setuptools' mapping of folders (setup.cfg, package_dir) get a copy of the package.
 	@rm -rf $(VENV)/tree && mkdir -p $(VENV)/tree && cp -R swarm $(TREE) && cp -R server client dht $(TREE)
 	MYPYPATH=$(VENV)/tree $(VENV)/bin/mypy
-	PYTHONPATH=$(VENV)/tree $(VENV)/bin/lint-imports
+	cd $(VENV)/tree && ../bin/lint-imports --no-cache --config ../../pyproject.toml
 
 venv: $(VENV)/.installed
 
