@@ -41,6 +41,9 @@ class SpanCache(DynamicCache):
         surplus = self.length - position
         if surplus <= 0:
             return True
+        if position == 0:  # begin anew, perhaps with another number of sequences
+            self.reset()
+            return True
         windows = [getattr(layer, "sliding_window", None) for layer in self.layers]
         if any(window is not None and self.length >= window for window in windows):
             return False
