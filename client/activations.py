@@ -19,6 +19,8 @@ class ActivationLog:
     def append(self, hidden_states: torch.Tensor) -> None:
         """Keep further positions."""
         batch, count, size = hidden_states.shape
+        if count == 0:
+            return
         needed = self._length + count
         if self._buffer is None or self._buffer.shape[1] < needed:
             grown = torch.empty(batch, max(needed, 2 * self._length, 64), size, dtype=hidden_states.dtype)
@@ -31,15 +33,15 @@ class ActivationLog:
     def truncate(self, position: int) -> None:
         """Forget the positions from `position` on."""
         self._length = min(self._length, position)
+        if self._length == 0:
+            self._buffer = None  # what follows may be other sequences
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Row i goes on as what row ``rows[i]`` was; there may be more or fewer rows than before."""
         if self._buffer is not None:
             kept = self._buffer[:, : self._length].index_select(0, rows)
-            self._buffer = None
-            self._length, length = 0, self._length
-            if length:
-                self.append(kept)
+            self._buffer, self._length = None, 0
+            self.append(kept)
 
     def since(self, position: int) -> torch.Tensor:
         """The positions from `position` on: a view."""

@@ -25,7 +25,7 @@ class MemoryPlan:
     memory_from: str
     """How `memory_bytes` came about, for people."""
     block_bytes: int
-    """The largest hosted block's weights."""
+    """The weights of the largest block that may be hosted."""
     weight_bytes: int
     kv_bytes_per_token: int
     """Per position, over all hosted blocks."""
@@ -82,24 +82,24 @@ def make_plan(
     least_tokens = kv_tokens or MIN_KV_TOKENS
     fitting = min(model_blocks, max(0, usable) // (largest + least_tokens * kv_bytes_per_block))
     wanted = (blocks[1] - blocks[0]) if blocks else num_blocks
-    count = fitting if wanted is None else wanted
+    count = max(fitting, 1) if wanted is None else wanted
     weights = sum(block_bytes[slice(*blocks)]) if blocks else count * largest
     needed = weights + least_tokens * kv_bytes_per_block * count
-    if count == 0 or needed > usable:
-        least = max(count, 1) * (largest + least_tokens * kv_bytes_per_block)
+    if needed > usable:
         raise InsufficientMemory(
-            f"{_blocks(max(count, 1))} with {least_tokens:,} positions of KV cache need "
-            f"{size(max(needed, least) + PROCESS_BYTES + WORKING_BYTES)} "
+            f"{_blocks(count)} with {least_tokens:,} positions of KV cache need "
+            f"{size(needed + PROCESS_BYTES + WORKING_BYTES, round_up=True)} "
             f"(of which {size(PROCESS_BYTES + WORKING_BYTES)} for the program), "
             f"but only {size(memory_bytes)} are allowed ({memory_from}). "
             + (f"{_blocks(fitting)} would fit: --num-blocks {fitting}. " if fitting else "")
-            + "Allow more with --memory, host fewer blocks, or choose a smaller --dtype."
+            + f"Allow more with --memory, {'offer fewer --kv-tokens, ' if kv_tokens and weights < usable else ''}"
+            + "host fewer blocks, or choose a smaller --dtype."
         )
     affordable = (usable - weights) // (kv_bytes_per_block * count)
     return MemoryPlan(
         memory_bytes=memory_bytes,
         memory_from=memory_from,
-        block_bytes=largest,
+        block_bytes=max(block_bytes[slice(*blocks)]) if blocks else largest,
         weight_bytes=weights,
         kv_bytes_per_token=kv_bytes_per_block * count,
         kv_tokens=kv_tokens or min(affordable, MAX_DEFAULT_KV_TOKENS),
@@ -108,11 +108,11 @@ def make_plan(
     )
 
 
-def size(count: int) -> str:
-    """A number of bytes as people write it: ``13.5 MiB``."""
+def size(count: int, *, round_up: bool = False) -> str:
+    """A number of bytes as people write it: ``13.5 MiB``; `round_up`: never less than `count`."""
     for unit, factor in (("GiB", 1024**3), ("MiB", MIB), ("KiB", 1024)):
         if count >= factor:
-            return f"{count / factor:.1f} {unit}"
+            return f"{-(-count * 10 // factor) / 10 if round_up else count / factor:.1f} {unit}"
     return f"{count} B"
 
 

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SmolLM2
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from swarm.errors import CheckpointNotFound, CorruptCheckpoint, ModelError, UnsupportedFamily
-from swarm.models import load_span, open_checkpoint
+from swarm.models import load_shell, load_span, open_checkpoint
+from swarm.models.checkpoint import block_of
 from swarm.models.digests import MANIFEST
 
 
@@ -50,8 +53,35 @@ def spoil_index(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text("{")
 
 
+def spoil_index_encoding(directory: Path) -> None:
+    reshard(directory)
+    (directory / "model.safetensors.index.json").write_bytes(b"\xff\xfe{")
+
+
+def spoil_index_shards(directory: Path) -> None:
+    (directory / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": 3}}')
+
+
+def lose_a_block(directory: Path) -> None:
+    weights = load_file(directory / "model.safetensors")
+    save_file({name: weights[name] for name in weights if block_of(name) != 2}, directory / "model.safetensors")
+
+
 def spoil_config(directory: Path) -> None:
     (directory / "config.json").write_text('{"model_type": ')
+
+
+def change_config(directory: Path, **fields: object) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def write_nonsense_in_config(directory: Path) -> None:
+    change_config(directory, hidden_size="sixty-four")
+
+
+def write_zero_in_config(directory: Path) -> None:
+    change_config(directory, num_attention_heads=0)
 
 
 def pickle_only(directory: Path) -> None:
@@ -59,8 +89,7 @@ def pickle_only(directory: Path) -> None:
 
 
 def one_block_too_many(directory: Path) -> None:
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
+    change_config(directory, num_hidden_layers=5)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +99,12 @@ def one_block_too_many(directory: Path) -> None:
         (spoil_header, CorruptCheckpoint, "model.safetensors is damaged or cut short"),
         (lose_a_shard, CorruptCheckpoint, "missing"),
         (spoil_index, CorruptCheckpoint, "index.json is damaged"),
+        (spoil_index_encoding, CorruptCheckpoint, "index.json is damaged"),
+        (spoil_index_shards, CorruptCheckpoint, "index.json is damaged"),
+        (lose_a_block, CorruptCheckpoint, "no weights for block 2 of 4"),
         (spoil_config, ModelError, "config.json"),
+        (write_nonsense_in_config, CorruptCheckpoint, "config.json cannot be read"),
+        (write_zero_in_config, CorruptCheckpoint, "config.json cannot be read"),
         (pickle_only, CheckpointNotFound, "pickled weights"),
         (one_block_too_many, CorruptCheckpoint, "no weights for block 4 of 5"),
     ],
@@ -95,9 +129,43 @@ def test_a_flipped_bit_in_one_block_is_found_when_that_block_is_loaded(directory
         load_span(checkpoint, 2, 3, dtype=torch.float32)
 
 
-def test_a_missing_tensor_is_named(directory: Path) -> None:
-    from safetensors.torch import load_file, save_file
+def test_a_flipped_bit_in_the_shell_is_found_when_the_shell_is_loaded(directory: Path) -> None:
+    (directory / MANIFEST).write_text(open_checkpoint(directory).digests.to_json())
+    weights = load_file(directory / "model.safetensors")
+    weights["model.norm.weight"][3] += 1
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = open_checkpoint(directory)
+    load_span(checkpoint, 0, 4, dtype=torch.float32)
+    with pytest.raises(CorruptCheckpoint, match="checksum of the embeddings, norm and head"):
+        load_shell(checkpoint, torch.nn.Identity(), dtype=torch.float32)
 
+
+def test_a_damaged_manifest_is_named(directory: Path) -> None:
+    for text in ("{", "[]", '{"shell": "ab"}', '{"shell": "ab", "blocks": 3}'):
+        (directory / MANIFEST).write_text(text)
+        with pytest.raises(CorruptCheckpoint, match=r"swarm-digests\.json is damaged"):
+            load_span(open_checkpoint(directory), 0, 1, dtype=torch.float32)
+
+
+def test_a_tensor_of_the_wrong_shape_is_refused(directory: Path) -> None:
+    weights = load_file(directory / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(5, 64)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = open_checkpoint(directory)
+    load_span(checkpoint, 2, 4, dtype=torch.float32)
+    with pytest.raises(CorruptCheckpoint, match="cannot be loaded"):
+        load_span(checkpoint, 0, 2, dtype=torch.float32)
+
+
+def test_a_missing_embedding_is_named(directory: Path) -> None:
+    weights = load_file(directory / "model.safetensors")
+    del weights["model.embed_tokens.weight"]
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CorruptCheckpoint, match=r"lacks .*embed_tokens"):
+        load_shell(open_checkpoint(directory), torch.nn.Identity(), dtype=torch.float32)
+
+
+def test_a_missing_tensor_is_named(directory: Path) -> None:
     weights = load_file(directory / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
@@ -123,21 +191,72 @@ def test_only_the_spans_own_tensors_are_read(directory: Path) -> None:
     assert sum(read) == checkpoint.block_elements(1) + checkpoint.block_elements(2)
 
 
+def test_other_blocks_shards_are_never_opened(directory: Path) -> None:
+    weights = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    shards = {name: f"block-{block_of(name)}.safetensors" for name in weights}
+    for shard in set(shards.values()):
+        save_file({name: weights[name] for name in weights if shards[name] == shard}, directory / shard)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    checkpoint = open_checkpoint(directory)
+    for shard in set(shards.values()) - {"block-1.safetensors"}:
+        (directory / shard).write_bytes(b"nothing that could be read")
+    load_span(checkpoint, 1, 2, dtype=torch.float32)
+    with pytest.raises(CorruptCheckpoint, match=r"block-2\.safetensors cannot be read"):
+        load_span(checkpoint, 1, 3, dtype=torch.float32)
+
+
+def test_weights_beyond_the_last_block_are_left_alone(directory: Path) -> None:
+    """DeepSeek's checkpoints end with a layer for multi-token prediction, which is not one of the decoder layers."""
+    before = open_checkpoint(directory)
+    weights = load_file(directory / "model.safetensors")
+    weights["model.layers.4.eh_proj.weight"] = torch.ones(64, 128)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    after = open_checkpoint(directory)
+    assert after.num_blocks == before.num_blocks
+    assert after.digests == before.digests
+    load_span(after, 0, 4, dtype=torch.float32)
+
+
 def test_names_that_lead_nowhere_say_what_was_tried(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFound, match=r"not a directory, a \.gguf file"):
         open_checkpoint("nothing-of-that-name")
     with pytest.raises(CheckpointNotFound, match=r"no config\.json"):
         open_checkpoint(tmp_path)
-    (tmp_path / "model.gguf").write_bytes(b"GGUFfff" * 10)
+    with pytest.raises(CheckpointNotFound, match=r"not a directory, a \.gguf file"):
+        open_checkpoint(tmp_path / "nowhere" / "model.gguf")
+    (tmp_path / "weights.bin").touch()
+    with pytest.raises(CheckpointNotFound, match=r"neither a directory nor a \.gguf file"):
+        open_checkpoint(tmp_path / "weights.bin")
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUFfff" * 10, b"\x80\x04pickled" * 100, bytes(4096)])
+def test_bytes_that_are_not_gguf_are_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(content)
     with pytest.raises(CorruptCheckpoint, match="cannot be read as GGUF"):
         open_checkpoint(tmp_path / "model.gguf")
 
 
 def test_a_gguf_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
     whole = open_checkpoint("smollm2").location
-    (tmp_path / "short.gguf").write_bytes(whole.read_bytes()[:20_000_000])
+    with whole.open("rb") as file:
+        start = file.read(20_000_000)
+    (tmp_path / "short.gguf").write_bytes(start)
     with pytest.raises(CorruptCheckpoint, match="cut short"):
         open_checkpoint(tmp_path / "short.gguf")
+    (tmp_path / "short.gguf").write_bytes(start[:100_000])
+    with pytest.raises(CorruptCheckpoint, match="cannot be read as GGUF"):
+        open_checkpoint(tmp_path / "short.gguf")
+
+
+def test_weights_from_a_gguf_file_equal_those_that_transformers_reads(smollm2: SmolLM2) -> None:
+    span = load_span(smollm2.checkpoint, 7, 9, dtype=torch.float32)
+    expected = [weight for layer in smollm2.whole.model.layers[7:9] for weight in layer.parameters()]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(span.weights(), expected, strict=True))
+    shell = load_shell(smollm2.checkpoint, torch.nn.Identity(), dtype=torch.float32)
+    whole = dict(smollm2.whole.named_parameters())
+    assert len(list(shell.parameters())) == 2, "embeddings, which are the head too, and the last norm"
+    assert all(torch.equal(weight, whole[name]) for name, weight in shell.named_parameters())
 
 
 def test_a_recurrent_family_is_refused_with_the_reason(tmp_path: Path) -> None:

@@ -116,6 +116,14 @@ def test_a_left_padded_batch_equals_local(name: str, saved: Callable[[str], Path
     )
 
 
+@pytest.mark.parametrize("name", ["llama", "phi3-longrope", "falcon", "gpt2", "gemma3_text", "smollm3", "deepseek_v3"])
+def test_positions_with_gaps_equal_local(name: str, saved: Callable[[str], Path]) -> None:
+    steps = [replace(step, position_ids=step.position_ids**2 // 5) for step in steps_of([PREFILL, *[1] * STEPS])]
+    checkpoint = open_checkpoint(saved(name))
+    found = logits_through_spans(checkpoint, spans_of(checkpoint, CUTS[0]), steps)
+    assert_logits_equal(found, local_logits(saved(name), steps))
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text", "falcon-alibi", "deepseek_v3"])
 def test_positions_follow_the_cached_ones_by_default(name: str, saved: Callable[[str], Path]) -> None:
     steps = steps_of([PREFILL, *[1] * STEPS])

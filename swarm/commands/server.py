@@ -211,9 +211,10 @@ def parse_size(text: str) -> int:
     """``"12GiB"``, ``"800M"``, ``"1.5 GB"`` → bytes (K, M, G count in 1024s)."""
     match = re.fullmatch(r"([\d.]+)\s*([KMGT]?)i?B?", text.strip(), re.IGNORECASE)
     try:
-        factor = 1024 ** " KMGT".index(match[2].upper() or " ") if match else 0
-        return int(float(match[1]) * factor) if match else int(text)
-    except ValueError:
+        if match is None:
+            raise ValueError
+        return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+    except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write e.g. 12GiB or 800MiB") from None
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -213,7 +214,15 @@ def _read_config(directory: Path) -> PretrainedConfig:
         raise CheckpointNotFound(f"{directory} holds no config.json, so it is not a Hugging Face checkpoint.")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(directory)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except (
+        ValueError,
+        OSError,
+        LookupError,
+        TypeError,
+        ArithmeticError,
+        AttributeError,
+        StrictDataclassError,
+    ) as error:
         raise CorruptCheckpoint(f"{directory / 'config.json'} cannot be read: {error}") from error
     text_config: PretrainedConfig = config.get_text_config(decoder=True)
     return text_config

@@ -175,7 +175,7 @@ def load_span(
     """Read the weights of blocks ``[start, end)``, check them against known digests, and make them runnable.
 
     Args:
-        on_bytes: called with the size on disk of every tensor that was read, for a progress bar.
+        on_bytes: called with the number of elements of every tensor that was read, for a progress bar.
 
     Raises:
         CorruptCheckpoint: a tensor is missing or its block's checksum is wrong.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -207,8 +208,8 @@ def _shards(directory: Path) -> list[str]:
     index = directory / "model.safetensors.index.json"
     if index.exists():
         try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            shards = sorted(map(os.fspath, set(json.loads(index.read_text())["weight_map"].values())))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # also bytes that are not UTF-8
             raise CorruptCheckpoint(f"{index} is damaged: {error!r}. Download the file again.") from error
         missing = [shard for shard in shards if not (directory / shard).exists()]
         if missing:

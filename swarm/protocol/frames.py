@@ -42,7 +42,7 @@ def encode_frame(header: dict[str, Any], payload: Sequence[Buffer] = ()) -> list
         FrameTooLarge: the frame would be over the limits, so that no peer would take it.
     """
     packed = msgpack.packb(header, use_bin_type=True)
-    payload_bytes = sum(len(part) for part in payload)
+    payload_bytes = sum(memoryview(part).nbytes for part in payload)
     _check_sizes(len(packed), payload_bytes)
     return [_PREFIX.pack(MAGIC, len(packed), payload_bytes) + packed, *payload]
 
@@ -62,10 +62,11 @@ class FrameDecoder:
         """
         self._buffer += data
         while len(self._buffer) >= _PREFIX.size:
-            magic, header_bytes, payload_bytes = _PREFIX.unpack_from(self._buffer)
-            if magic != MAGIC:
-                raise ProtocolError("the peer does not speak Swarm's protocol (wrong magic bytes)")
-            _check_sizes(header_bytes, payload_bytes)
+            try:
+                header_bytes, payload_bytes = _read_prefix(self._buffer)
+            except ProtocolError:
+                del self._buffer[_PREFIX.size :]
+                raise
             end_of_header = _PREFIX.size + header_bytes
             end = end_of_header + payload_bytes
             if len(self._buffer) < end:
@@ -74,6 +75,14 @@ class FrameDecoder:
             payload = self._buffer[end_of_header:end]
             del self._buffer[:end]
             yield Frame(header, payload)
+
+
+def _read_prefix(data: Buffer) -> tuple[int, int]:
+    magic, header_bytes, payload_bytes = _PREFIX.unpack_from(data)
+    if magic != MAGIC:
+        raise ProtocolError("the peer does not speak Swarm's protocol (wrong magic bytes)")
+    _check_sizes(header_bytes, payload_bytes)
+    return header_bytes, payload_bytes
 
 
 def _check_sizes(header_bytes: int, payload_bytes: int) -> None:

@@ -149,5 +149,6 @@ def decode_message(frame: Frame) -> tuple[Message, dict[str, torch.Tensor]]:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "type"
-        raise ProtocolError(f"malformed message: {where}: {first['msg']}") from None
+        what = first["msg"] if first["type"] != "union_tag_invalid" else "unknown type"  # that text repeats the input
+        raise ProtocolError(f"malformed message: {where}: {what}") from None
     return message, decode_tensors(getattr(message, "tensors", []), frame.payload)

@@ -30,6 +30,7 @@ from swarm.protocol.messages import (
     decode_message,
     encode_message,
 )
+from swarm.protocol.tensors import dtype_name
 
 _HELLO = Hello(version=PROTOCOL_VERSION, agent=f"swarm/{__version__}")
 
@@ -142,6 +143,7 @@ class ServerSession:
         self._length = 0
         self._running: int | None = None
         self._last_output: tuple[int, list[Buffer]] | None = None
+        self._output_queued = False
 
     def receive_data(self, data: Buffer) -> list[ServerEvent]:
         """Take the bytes that arrived.
@@ -158,6 +160,7 @@ class ServerSession:
 
     def take_outgoing(self) -> list[Buffer]:
         """The buffers to write now."""
+        self._output_queued = False
         return self._wire.take_outgoing()
 
     def accept(self, dtype: str) -> None:
@@ -175,8 +178,8 @@ class ServerSession:
         output = Output(sequence=step.sequence, queue_s=queue_s, compute_s=compute_s, tensors=[])
         buffers = encode_message(output, {"hidden_states": hidden_states})
         self._batch, self._length = hidden_states.shape[0], step.position + hidden_states.shape[1]
-        self._running, self._last_output = None, (step.sequence, buffers)
-        self._wire.send_again(buffers)
+        self._running, self._last_output, self._output_queued = None, (step.sequence, buffers), False
+        self._queue_last_output()
 
     def announce_drain(self, within_s: float) -> None:
         """Tell the client that this server is leaving."""
@@ -207,7 +210,7 @@ class ServerSession:
 
     def _handle_step(self, step: Step, tensors: dict[str, torch.Tensor]) -> StepRequested | None:
         if self._last_output is not None and step.sequence == self._last_output[0]:
-            self._wire.send_again(self._last_output[1])
+            self._queue_last_output()
             return None
         if step.sequence == self._running:
             return None
@@ -218,7 +221,7 @@ class ServerSession:
             raise ProtocolError(f"a step must carry hidden_states [batch, positions, {self._hidden_size}]")
         batch, count, _ = hidden_states.shape
         rows = self._batch if step.reorder is None else len(step.reorder)
-        if batch != rows or count == 0:
+        if batch != rows or batch == 0 or count == 0:
             raise ProtocolError(f"a step carries {batch} sequences of {count} positions; the session has {rows}")
         if step.reorder is not None and not all(0 <= row < self._batch for row in step.reorder):
             raise ProtocolError(f"a step reorders rows that do not exist (there are {self._batch})")
@@ -226,11 +229,17 @@ class ServerSession:
             raise ProtocolError(f"a step begins at position {step.position}; the cache ends at {self._length}")
         if not hidden_states.is_floating_point():
             raise ProtocolError("a step's hidden_states are not floating-point numbers")
-        for name in ("position_ids", "mask"):
-            if name in tensors and tuple(tensors[name].shape) != (batch, count):
-                raise ProtocolError(f"a step's {name} must be [{batch}, {count}]")
+        for name, dtype in (("position_ids", torch.int64), ("mask", torch.uint8)):
+            if name in tensors and (tuple(tensors[name].shape) != (batch, count) or tensors[name].dtype != dtype):
+                raise ProtocolError(f"a step's {name} must be [{batch}, {count}] {dtype_name(dtype)}")
         self._running = step.sequence
         return StepRequested(step, hidden_states, tensors.get("position_ids"), tensors.get("mask"))
+
+    def _queue_last_output(self) -> None:
+        # Once per writing: who repeats a small step a thousand times must not make us queue a thousand large answers.
+        if self._last_output is not None and not self._output_queued:
+            self._wire.send_again(self._last_output[1])
+            self._output_queued = True
 
 
 class ClientSession:
@@ -301,7 +310,8 @@ class ClientSession:
 
 def _check_version(hello: Hello) -> None:
     if hello.version != PROTOCOL_VERSION:
+        older = "the peer" if hello.version < PROTOCOL_VERSION else "this side"
         raise ProtocolError(
-            f"the peer ({hello.agent}) speaks version {hello.version} of the protocol, this one version "
-            f"{PROTOCOL_VERSION}: the older of the two must be updated"
+            f"the peer ({hello.agent!r}) speaks version {hello.version} of the protocol, this side version "
+            f"{PROTOCOL_VERSION}: {older} must be updated"
         )

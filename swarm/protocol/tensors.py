@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from swarm.errors import ProtocolError
-from swarm.protocol.frames import Buffer
+from swarm.protocol.frames import MAX_PAYLOAD_BYTES, Buffer
 
 DTYPES = {
     "float32": torch.float32,
@@ -67,8 +67,11 @@ def decode_tensors(headers: Sequence[TensorHeader], payload: bytearray) -> dict[
         dtype = DTYPES.get(header.dtype)
         if dtype is None:
             raise ProtocolError(f"tensor {header.name!r} has the unknown type {header.dtype!r}")
-        if any(size < 0 for size in header.shape):
+        # A tensor without elements takes no bytes, whatever its other sizes: these must be bounded too.
+        if min(header.shape, default=0) < 0 or math.prod(max(size, 1) for size in header.shape) > MAX_PAYLOAD_BYTES:
             raise ProtocolError(f"tensor {header.name!r} has the impossible shape {header.shape}")
+        if header.name in tensors:
+            raise ProtocolError(f"a frame carries the tensor {header.name!r} twice")
         count = math.prod(header.shape)
         if count * dtype.itemsize > len(payload) - offset:
             raise ProtocolError(f"tensor {header.name!r} is longer than its frame")

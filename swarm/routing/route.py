@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 HOP_S = 0.005
 """What a change of server is reckoned to cost, in seconds per step, as long as latencies are not measured."""
+_SLOWEST_BLOCK_S = 1e6
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,9 @@ class HostedSpan:
     @property
     def block_s(self) -> float:
         """Seconds per step and block; an unknown server is reckoned slow, not impossible."""
-        return 1 / (self.steps_per_s * (self.end - self.start)) if self.steps_per_s > 0 else 1.0
+        if not self.steps_per_s > 0:
+            return 1.0
+        return min(1 / (self.steps_per_s * (self.end - self.start)), _SLOWEST_BLOCK_S)  # finite: slow, not impossible
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ class Heartbeat:
     """Give up after this much silence, counted from the first question that was not answered."""
     _last_heard: float = 0.0
     _asked_at: float | None = None
+    _asked_again_at: float = 0.0
 
     def heard(self, now: float) -> None:
         """Something arrived."""
@@ -25,11 +26,12 @@ class Heartbeat:
 
     def should_ask(self, now: float) -> bool:
         """Whether to send a ping now; remembers that it was sent."""
-        quiet_since = self._last_heard if self._asked_at is None else max(self._last_heard, self._asked_at)
+        quiet_since = self._last_heard if self._asked_at is None else self._asked_again_at
         if now - quiet_since < self.interval_s:
             return False
         if self._asked_at is None:
             self._asked_at = now
+        self._asked_again_at = now
         return True
 
     def is_dead(self, now: float) -> bool:
