@@ -185,7 +185,7 @@ class Server:
                     end,
                     dtype=self._prepared.dtype,
                     device=self._prepared.device,
-                    on_bytes=bar.update,
+                    on_elements=bar.update,
                 )
             digests = checkpoint.digests.blocks if checkpoint.files.paths else ()
             checkpoint.files.release()

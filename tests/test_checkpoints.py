@@ -187,7 +187,7 @@ def test_the_digest_is_of_the_content_not_of_the_files(
 def test_only_the_spans_own_tensors_are_read(directory: Path) -> None:
     checkpoint = open_checkpoint(directory)
     read: list[int] = []
-    load_span(checkpoint, 1, 3, dtype=torch.float32, on_bytes=read.append)
+    load_span(checkpoint, 1, 3, dtype=torch.float32, on_elements=read.append)
     assert sum(read) == checkpoint.block_elements(1) + checkpoint.block_elements(2)
 
 

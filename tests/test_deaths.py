@@ -63,6 +63,12 @@ def answer(model: Any, smollm2: SmolLM2, act: Callable[[Any], None], at_token: i
     return ids, session
 
 
+def settle_route(session: Any, model: Any, smollm2: SmolLM2) -> None:
+    """Take a step and forget it, so that the victim is known before the work begins."""
+    session.step(model.get_input_embeddings()(smollm2.chat("Hi")["input_ids"]))
+    session.position = 0
+
+
 def server_of(swarm: LocalSwarm, session: Any, hop: int) -> LocalPeer:
     return swarm.server(session.route[hop].peer_id)
 
@@ -95,9 +101,7 @@ def test_tokens_survive_sigkill_during_prefill(swarm: LocalSwarm, model: Any, sm
     long_question = "Count the words of this text. " + "The sea is wide and the wind is cold. " * 60
     expected = smollm2.greedy(long_question, 8)
     with model.inference_session(max_length=1024) as session:
-        # A first step on another batch settles the route, so that the victim is known before the prefill.
-        session.step(model.get_input_embeddings()(smollm2.chat("Hi")["input_ids"]))
-        session.position = 0
+        settle_route(session, model, smollm2)
         victim = server_of(swarm, session, 1)
         os.kill(victim.process.pid, signal.SIGSTOP)  # it cannot answer its part of the prefill any more
         killer = threading.Timer(2.0, victim.kill)
@@ -159,8 +163,7 @@ def test_beams_survive_a_death(swarm: LocalSwarm, model: Any, smollm2: SmolLM2) 
     options = {"do_sample": False, "num_beams": 4, "max_new_tokens": 16}
     expected = smollm2.whole.generate(**smollm2.chat(QUESTION), **options)
     with model.inference_session(max_length=256) as session:
-        session.step(model.get_input_embeddings()(smollm2.chat("Hi")["input_ids"]))
-        session.position = 0
+        settle_route(session, model, smollm2)
         victim = server_of(swarm, session, 1)
         killer = threading.Timer(1.5, victim.kill)
         killer.start()

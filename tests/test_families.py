@@ -208,10 +208,10 @@ def test_a_span_reads_each_of_its_weights_once_and_no_others(name: str, saved: C
     checkpoint = open_checkpoint(saved(name))
     in_blocks = [checkpoint.block_elements(block) for block in range(BLOCKS)]
     read: list[int] = []
-    load_span(checkpoint, 1, 3, dtype=torch.float32, on_bytes=read.append)
+    load_span(checkpoint, 1, 3, dtype=torch.float32, on_elements=read.append)
     assert sum(read) == in_blocks[1] + in_blocks[2]
     read.clear()
-    load_shell(checkpoint, nn.Identity(), dtype=torch.float32, on_bytes=read.append)
+    load_shell(checkpoint, nn.Identity(), dtype=torch.float32, on_elements=read.append)
     assert sum(read) == sum(entry.elements for entry in checkpoint.files.entries.values()) - sum(in_blocks)
 
 

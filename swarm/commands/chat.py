@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from swarm.commands.model_arguments import add_model_arguments, connect, sampling
+from swarm.commands.model_arguments import add_model_arguments, chat_inputs, connect, sampling
 from swarm.commands.output import Output
 
 _ROOM_TOKENS = 2048
@@ -39,9 +39,7 @@ def run(options: argparse.Namespace, output: Output) -> int:
         if not question:
             continue
         messages.append({"role": "user", "content": question})
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        inputs = chat_inputs(tokenizer, messages)
         streamer = PrintingStreamer(tokenizer, output)
         cache.keep_common_prefix(inputs["input_ids"])
         try:

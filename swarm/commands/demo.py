@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from swarm.commands.local_swarm import LocalPeer, LocalSwarm
+from swarm.commands.model_arguments import chat_inputs
 from swarm.commands.output import Output
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
     from swarm.client import InferenceSession
     from swarm.models import Checkpoint
@@ -38,12 +40,13 @@ def run(options: argparse.Namespace, output: Output) -> int:
     torch.set_num_threads(1)  # as the servers, so that the speeds compare
     output.say(f"Swarm demo: {options.model} on five processes of this machine, one of which will be killed.\n")
     checkpoint = open_checkpoint(options.model)
-    inputs = _chat_inputs(checkpoint, options.prompt)
+    tokenizer = checkpoint.tokenizer()
+    inputs = chat_inputs(tokenizer, [{"role": "user", "content": options.prompt}])
     half = checkpoint.num_blocks // 2
     with LocalSwarm() as swarm:
         _start_servers(swarm, options.model, [f"0:{half}", f"{half}:{checkpoint.num_blocks}"] * 2, output)
         output.say(f"\nQuestion: {options.prompt}\nAnswer, through the swarm: ", end="")
-        swarm_ids, figures = _answer_through(swarm, options, checkpoint, inputs, output)
+        swarm_ids, figures = _answer_through(swarm, options, tokenizer, inputs, output)
     output.say("\nThe same question to the whole model in this process …")
     local_ids, local_tokens_per_s = _answer_locally(checkpoint, inputs, options.max_new_tokens)
     identical = torch.equal(swarm_ids, local_ids)
@@ -72,14 +75,14 @@ def _start_servers(swarm: LocalSwarm, model: str, spans: list[str], output: Outp
 
 
 def _answer_through(
-    swarm: LocalSwarm, options: argparse.Namespace, checkpoint: Checkpoint, inputs: Any, output: Output
+    swarm: LocalSwarm, options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, inputs: Any, output: Output
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     from swarm.client import AutoDistributedModelForCausalLM
     from swarm.commands.text_streamer import PrintingStreamer
 
     model = AutoDistributedModelForCausalLM.from_pretrained(options.model, initial_peers=swarm.initial_peers)
     killer = _Killer(swarm, after_tokens=options.max_new_tokens // 3, output=output)
-    streamer = PrintingStreamer(checkpoint.tokenizer(), output, on_token=killer.on_token)
+    streamer = PrintingStreamer(tokenizer, output, on_token=killer.on_token)
     length = inputs["input_ids"].shape[1] + options.max_new_tokens
     with model.inference_session(max_length=length) as session:
         killer.session = session
@@ -121,9 +124,3 @@ def _answer_locally(checkpoint: Checkpoint, inputs: Any, max_new_tokens: int) ->
     begun = time.perf_counter()
     ids = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
     return ids, (ids.shape[1] - inputs["input_ids"].shape[1]) / (time.perf_counter() - begun)
-
-
-def _chat_inputs(checkpoint: Checkpoint, prompt: str) -> Any:
-    tokenizer = checkpoint.tokenizer()
-    messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)

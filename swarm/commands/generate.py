@@ -6,7 +6,7 @@ import argparse
 import time
 from dataclasses import asdict
 
-from swarm.commands.model_arguments import add_model_arguments, connect, sampling
+from swarm.commands.model_arguments import add_model_arguments, chat_inputs, connect, sampling
 from swarm.commands.output import Output
 
 
@@ -23,10 +23,7 @@ def run(options: argparse.Namespace, output: Output) -> int:
 
     model, tokenizer = connect(options)
     if options.chat:
-        messages = [{"role": "user", "content": options.prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        inputs = chat_inputs(tokenizer, [{"role": "user", "content": options.prompt}])
     else:
         inputs = tokenizer(options.prompt, return_tensors="pt")
     prompt_tokens = inputs["input_ids"].shape[1]

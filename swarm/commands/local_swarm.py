@@ -19,7 +19,6 @@ from typing import Any
 from swarm.errors import SwarmError
 from swarm.transport.daemon import die_with_parent
 
-_START_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 20.0
 
 

@@ -38,6 +38,11 @@ def connect(options: argparse.Namespace) -> tuple[DistributedMixin, PreTrainedTo
     return model, model.tokenizer()
 
 
+def chat_inputs(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> Any:
+    """The inputs of ``generate()`` for a conversation that the model is to continue."""
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
 def sampling(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of ``generate()``."""
     chosen: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "do_sample": options.temperature > 0}

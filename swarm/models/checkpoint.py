@@ -86,9 +86,8 @@ class Checkpoint:
     @cached_property
     def digests(self) -> Digests:
         """Digests of all the weights: remembered, or computed now (about 1 s per GB, with a progress bar)."""
-        known = known_digests(self.files)
-        if known is not None:
-            return known
+        if self._known_digests is not None:
+            return self._known_digests
         total = sum(entry.size_bytes for entry in self.files.entries.values())
         with tqdm(total=total, unit="B", unit_scale=True, desc="Hashing weights", delay=2, leave=False) as bar:
             digests = Digests(
@@ -99,6 +98,10 @@ class Checkpoint:
             )
         remember_digests(self.files, digests)
         return digests
+
+    @cached_property
+    def _known_digests(self) -> Digests | None:
+        return known_digests(self.files)
 
     @cached_property
     def model_digest(self) -> str:
@@ -113,7 +116,7 @@ class Checkpoint:
         Raises:
             CorruptCheckpoint: they differ: the file is damaged.
         """
-        known = known_digests(self.files)
+        known = self._known_digests
         if known is None or len(known.blocks) != self.num_blocks:
             return
         expected = known.shell if block is None else known.blocks[block]

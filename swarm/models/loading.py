@@ -41,7 +41,7 @@ def load_part(
     cut: Callable[[PreTrainedModel], None],
     dtype: torch.dtype,
     device: torch.device | str,
-    on_bytes: Callable[[int], None],
+    on_elements: Callable[[int], None],
     model_class: type[PreTrainedModel] | None = None,
 ) -> PreTrainedModel:
     """Make the model, `cut` it, and load the tensors `names` into what is left.
@@ -61,7 +61,7 @@ def load_part(
     with quiet_transformers():
         try:
             state_dict = {
-                key: _ReportsReading(value, on_bytes)
+                key: _ReportsReading(value, on_elements)
                 for key, value in checkpoint.files.lazy_state_dict(names, skeleton).items()
             }
             model, info = part_class.from_pretrained(
@@ -78,14 +78,14 @@ def load_part(
 
 
 class _ReportsReading:
-    """A lazy tensor that says how many bytes were read once it is."""
+    """A lazy tensor that says how many numbers were read once it is."""
 
-    def __init__(self, lazy: Any, on_bytes: Callable[[int], None]) -> None:
-        self._lazy, self._on_bytes = lazy, on_bytes
+    def __init__(self, lazy: Any, on_elements: Callable[[int], None]) -> None:
+        self._lazy, self._on_elements = lazy, on_elements
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         tensor: torch.Tensor = self._lazy[index]
-        self._on_bytes(tensor.numel())
+        self._on_elements(tensor.numel())
         return tensor
 
 

@@ -21,7 +21,7 @@ def load_shell(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     model_class: type[PreTrainedModel] | None = None,
-    on_bytes: Callable[[int], None] = lambda _: None,
+    on_elements: Callable[[int], None] = lambda _: None,
 ) -> PreTrainedModel:
     """The family's own ``…ForCausalLM`` with embeddings, final norm and head, and `layers` instead of its layers.
 
@@ -40,6 +40,6 @@ def load_shell(
         lambda model: drop_layers(model, layers),
         dtype,
         device,
-        on_bytes,
+        on_elements,
         model_class,
     )

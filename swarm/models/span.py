@@ -170,12 +170,12 @@ def load_span(
     *,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
-    on_bytes: Callable[[int], None] = lambda _: None,
+    on_elements: Callable[[int], None] = lambda _: None,
 ) -> Span:
     """Read the weights of blocks ``[start, end)``, check them against known digests, and make them runnable.
 
     Args:
-        on_bytes: called with the number of elements of every tensor that was read, for a progress bar.
+        on_elements: called with the number of elements of every tensor that was read, for a progress bar.
 
     Raises:
         CorruptCheckpoint: a tensor is missing or its block's checksum is wrong.
@@ -189,7 +189,7 @@ def load_span(
     config = copy.deepcopy(checkpoint.config)
     config.tie_word_embeddings = False  # there is neither an embedding nor a head here
     model = load_part(
-        checkpoint, config, names, lambda whole: keep_only_layers(whole, start, end), dtype, device, on_bytes
+        checkpoint, config, names, lambda whole: keep_only_layers(whole, start, end), dtype, device, on_elements
     )
     base = find_base(model)
     layers = next(child for child in base.children() if isinstance(child, NumberedLayers))
