@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 import uvloop
 
 T = TypeVar("T")
+_STOP_TIMEOUT_S = 2.0
 
 
 class BackgroundLoop:
@@ -22,6 +24,8 @@ class BackgroundLoop:
         self.loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name="swarm-client", daemon=True)
         self._thread.start()
+        # A thread that the interpreter has to break off while it ends may take the process down with it.
+        atexit.register(self._stop)
 
     @classmethod
     def shared(cls) -> BackgroundLoop:
@@ -30,6 +34,12 @@ class BackgroundLoop:
             if cls._shared is None or not cls._shared._thread.is_alive():
                 cls._shared = cls()
             return cls._shared
+
+    @classmethod
+    def start_anew(cls) -> None:
+        """Let the next client have a loop of its own: a thread stays in the network namespace where it was started."""
+        with cls._shared_lock:
+            cls._shared = None
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run `coroutine` and wait for its result; an interrupt (Ctrl-C) cancels it."""
@@ -49,3 +59,7 @@ class BackgroundLoop:
             asyncio.run_coroutine_threadsafe(coroutine, self.loop)
         else:
             coroutine.close()
+
+    def _stop(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(timeout=_STOP_TIMEOUT_S)

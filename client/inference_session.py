@@ -8,8 +8,8 @@ from types import TracebackType
 import torch
 
 from swarm.client.background import BackgroundLoop
-from swarm.client.hop import HopTiming
 from swarm.client.session import Recovery, Session
+from swarm.client.timing import HopTiming, StepTiming
 from swarm.routing import Leg
 
 
@@ -53,6 +53,21 @@ class InferenceSession:
     def last_timings(self) -> tuple[HopTiming, ...]:
         """Where the time of the last step went, server by server."""
         return self._session.last_timings
+
+    @property
+    def last_step(self) -> StepTiming:
+        """The same, with the time of the whole step."""
+        return self._session.last_step
+
+    @property
+    def standbys(self) -> tuple[Leg, ...]:
+        """The servers that could take over at once (``redundancy=2``)."""
+        return self._session.standbys
+
+    @property
+    def relayed(self) -> tuple[int, ...]:
+        """The block boundaries at which hidden states pass through this client, not straight from server to server."""
+        return self._session.relayed
 
     @property
     def route(self) -> tuple[Leg, ...]:

@@ -41,7 +41,10 @@ class AutoDistributedModelForCausalLM:
         device: torch.device | str = "cpu",
         revision: str | None = None,
         deadline_s: float = 60.0,
-        peer_timeout_s: float = 5.0,
+        peer_timeout_s: float = 2.0,
+        chain: bool = True,
+        redundancy: int = 1,
+        activation_codec: str | None = None,
         allowed_servers: Iterable[str] | None = None,
         blocked_servers: Iterable[str] = (),
         any_precision: bool = False,
@@ -56,6 +59,10 @@ class AutoDistributedModelForCausalLM:
             device: where the local part lives.
             deadline_s: how long to wait for a server when a block has none.
             peer_timeout_s: after how much silence a server counts as dead.
+            chain: servers send straight to one another where they can; False: everything passes through here.
+            redundancy: 2 keeps a second server of every span up to date, which takes over at once.
+            activation_codec: send hidden states as ``"int8"``, ``"bfloat16"`` or ``"float16"``: less to send, and
+                not exact any more (:mod:`swarm.protocol.codec`); default: losslessly.
             allowed_servers, blocked_servers: peer ids to use only, or never.
             any_precision: also use servers of another precision.
 
@@ -65,6 +72,7 @@ class AutoDistributedModelForCausalLM:
         Raises:
             CheckpointNotFound, CorruptCheckpoint, UnsupportedFamily: the local part cannot be loaded.
             BootstrapFailed: no initial peer answered.
+            ValueError: an argument is not one of those possible.
         """
         checkpoint = open_checkpoint(model, revision=revision, allow_untested=allow_untested)
         if isinstance(dtype, str) and dtype != "auto":
@@ -74,6 +82,9 @@ class AutoDistributedModelForCausalLM:
             initial_peers=tuple(initial_peers),
             deadline_s=deadline_s,
             peer_timeout_s=peer_timeout_s,
+            chain=chain,
+            redundancy=redundancy,
+            activation_codec=activation_codec,
             allowed_servers=tuple(allowed_servers) if allowed_servers is not None else None,
             blocked_servers=tuple(blocked_servers),
             any_precision=any_precision,
@@ -112,7 +123,7 @@ class DistributedMixin(PreTrainedModel):
         session = self._network.session(self._checkpoint, dtype_name(self.dtype), max_length)
         return InferenceSession(session, max_length)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -164,7 +175,7 @@ class DistributedMixin(PreTrainedModel):
                     cache.session.close()
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
+    def generate(
         self, inputs: torch.Tensor | None = None, *args: Any, session: InferenceSession | None = None, **kwargs: Any
     ) -> Any:
         """transformers' ``generate()``, with every sampler, beams, streamers, processors and criteria.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 from swarm.client.server_view import ServerView
 from swarm.client.session import Session
 from swarm.client.settings import ClientSettings
@@ -16,6 +18,7 @@ class Network:
     def __init__(self, node: Node, directory: Directory, settings: ClientSettings) -> None:
         self._node, self._directory, self._settings = node, directory, settings
         self._views: dict[tuple[str, str], ServerView] = {}
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
     @classmethod
     async def join(cls, settings: ClientSettings) -> Network:
@@ -42,13 +45,17 @@ class Network:
         key = (checkpoint.model_digest, dtype)
         if key not in self._views:
             self._views[key] = ServerView(self._directory, checkpoint, dtype, self._settings)
-        return Session(self._node, self._views[key], checkpoint, self._settings, max_length)
+        session = Session(self._node, self._views[key], checkpoint, self._settings, max_length)
+        self._sessions.add(session)
+        return session
 
     async def servers(self, model_digest: str) -> list[Announcement]:
         """The announcements of a model's servers, as they are now."""
         return await self._directory.servers(model_digest)
 
     async def leave(self) -> None:
-        """Close every connection."""
+        """Close every session and connection."""
+        for session in list(self._sessions):
+            await session.close()
         await self._directory.leave()
         await self._node.stop()

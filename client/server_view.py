@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 from swarm.client.settings import ClientSettings
 from swarm.dht import Announcement, Directory, State
@@ -13,6 +14,15 @@ from swarm.routing import HostedSpan, Leg, find_route, uncovered_blocks
 _PENALTY_S = 15.0
 """A server that died is left alone for longer than its announcement can survive it."""
 _REFUSAL_PENALTY_S = 5.0
+_SECOND_CHANCE_S = 1.0
+"""When there is no other way, a server that failed is tried again after this long."""
+
+
+@dataclass(frozen=True)
+class _Penalty:
+    at_least_until: float
+    until: float
+    reason: str
 
 
 class ServerView:
@@ -22,7 +32,7 @@ class ServerView:
         self._directory, self._checkpoint, self._dtype, self._settings = directory, checkpoint, dtype, settings
         self._servers: dict[str, Announcement] = {}
         self._seen_at = float("-inf")
-        self._penalties: dict[str, tuple[float, str]] = {}
+        self._penalties: dict[str, _Penalty] = {}
 
     async def refresh(self, *, max_age_s: float) -> None:
         """Look the servers up again, unless that was done less than `max_age_s` ago.
@@ -40,15 +50,29 @@ class ServerView:
 
     def route(self, start: int, end: int, *, salt: str, without: str | None = None) -> tuple[Leg, ...] | None:
         """The best way through ``[start, end)`` over servers in good standing; None if there is none."""
-        usable = [
-            server for server in self._servers.values() if server.peer_id != without and not self._objection(server)
+        servers = [server for server in self._servers.values() if server.peer_id != without]
+        for forgiving in (False, True):
+            usable = [_hosted(server) for server in servers if not self._objection(server, forgiving=forgiving)]
+            if (route := find_route(usable, start, end, salt=salt)) is not None:
+                return route
+        return None
+
+    def standby(self, start: int, end: int, *, without: frozenset[str], salt: str) -> Leg | None:
+        """One server, none of `without`, that could take over all of ``[start, end)``; None if there is none."""
+        hosts = [
+            _hosted(server)
+            for server in self._servers.values()
+            if server.start <= start and end <= server.end
+            if server.peer_id not in without and not self._objection(server)
         ]
-        return find_route([_hosted(server) for server in usable], start, end, salt=salt)
+        route = find_route(hosts, start, end, salt=salt)
+        return route[0] if route is not None and len(route) == 1 else None
 
     def penalize(self, peer_id: str, error: Exception) -> None:
         """Leave a server alone for a while, because of `error`."""
         seconds = _REFUSAL_PENALTY_S if isinstance(error, RemoteError) else _PENALTY_S
-        self._penalties[peer_id] = (time.monotonic() + seconds, str(error))
+        now = time.monotonic()
+        self._penalties[peer_id] = _Penalty(now + _SECOND_CHANCE_S, now + seconds, str(error))
 
     def explain(self, start: int, end: int) -> str:
         """Which of the blocks ``[start, end)`` cannot be served, and why, for an error message."""
@@ -63,10 +87,10 @@ class ServerView:
                 lines.append(f"  {server.peer_id} ({_ranges(range(server.start, server.end))}): {objection}")
         return "\n".join(lines)
 
-    def _objection(self, server: Announcement) -> str | None:
-        """Why a server cannot be used now; None if it can."""
+    def _objection(self, server: Announcement, *, forgiving: bool = False) -> str | None:
+        """Why a server cannot be used now; None if it can. `forgiving`: try again those who failed a while ago."""
         allowed = self._settings.allowed_servers
-        until, reason = self._penalties.get(server.peer_id, (0.0, ""))
+        penalty = self._penalties.get(server.peer_id)
         if server.state is State.JOINING:
             return "joining: it is loading its blocks"
         if server.state is not State.ONLINE:
@@ -77,8 +101,8 @@ class ServerView:
             return f"announces {server.num_blocks} blocks instead of {self._checkpoint.num_blocks}"
         if server.dtype != self._dtype and not self._settings.any_precision:
             return f"computes in {server.dtype}, this client in {self._dtype} (any_precision=True allows it)"
-        if time.monotonic() < until:
-            return f"failed a moment ago: {reason}"
+        if penalty is not None and time.monotonic() < (penalty.at_least_until if forgiving else penalty.until):
+            return f"failed a moment ago: {penalty.reason}"
         if self._hosts_other_weights(server):
             return "hosts weights that differ from this client's own copy"
         return None

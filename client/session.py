@@ -1,9 +1,7 @@
 """A session: activations through all blocks of a model, over servers that may die at any moment.
 
-The client relays (star mode): it sends each server its input and gets back its output, so it knows the
-hidden states at every boundary between servers and keeps them (:class:`ActivationLog`). When a server
-dies, another takes over its blocks and is brought to the same state by replaying the log of that
-boundary; the others notice nothing.
+What is to be done is decided by :class:`~swarm.protocol.routed_session.RoutedSession`; here it is done: servers are
+looked up and dialled, their streams watched, and whoever waits for a step is told.
 """
 
 from __future__ import annotations
@@ -12,26 +10,44 @@ import asyncio
 import logging
 import secrets
 import time
+from collections.abc import Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from swarm.client.activations import ActivationLog
-from swarm.client.hop import Hop, HopTiming
 from swarm.client.server_view import ServerView
 from swarm.client.settings import ClientSettings
-from swarm.errors import CannotRollBack, NoRoute, PeerError, RemoteError, SessionClosed
+from swarm.client.timing import HopTiming, StepTiming, time_by_hop
+from swarm.errors import REMOTE_ERRORS, CannotRollBack, NoRoute, PeerError, RemoteError, SessionClosed
 from swarm.models import Checkpoint
+from swarm.protocol.messages import MAX_STEP_POSITIONS, STREAM_PROTOCOL, Close, Message, Open, Refusal
+from swarm.protocol.routed_session import (
+    Action,
+    CloseHop,
+    Delivered,
+    FindRoute,
+    FindStandby,
+    OpenHop,
+    Place,
+    Replaced,
+    RoutedSession,
+    ToHop,
+)
 from swarm.routing import Leg
 from swarm.transport.node import Node
+from swarm.transport.watched_stream import WatchedStream
 
 logger = logging.getLogger(__name__)
 
-_CHUNK_BYTES = 8 * 1024 * 1024
-"""Longer inputs travel in pieces of at most this size."""
 _RETRY_S = 0.25
 _VIEW_AGE_S = 2.0
 _VIEW_AGE_IN_RECOVERY_S = 30.0
+_LOOK_AFTER_S = 2.0
+_SEND_AGAIN_S = 20.0
+"""A step that nobody has answered for so long, though all servers are alive, is sent once more."""
+_MIN_CHUNK, _CHUNKS = 64, 16
+"""Prefill travels in pieces, so that all servers of a route work at once."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +61,11 @@ class Recovery:
     reason: str
     replayed_positions: int
     pause_s: float
-    """From the moment the loss was noticed until the session could go on."""
+    """From the moment the loss was noticed (while a step was under way) until the session could go on."""
+    by_standby: bool = False
+    """A server that had been kept up to date took over."""
+    noticed_at: float | None = None
+    """When the loss was noticed (``time.monotonic()``); None: nobody had to wait, the server left between two steps."""
 
 
 class Session:
@@ -53,7 +73,7 @@ class Session:
 
     Attributes:
         recoveries: what was lost and replaced so far.
-        last_timings: where the time of the last step went, server by server.
+        last_step: where the time of the last step went.
     """
 
     def __init__(
@@ -62,16 +82,25 @@ class Session:
         self._node, self._view, self._checkpoint, self._settings = node, view, checkpoint, settings
         self._max_length = max_length
         self._salt = secrets.token_hex(8)
-        self._hops: dict[int, Hop] = {}  # by first block
-        self._logs: dict[int, ActivationLog] = {0: ActivationLog()}  # by the block that they enter
-        self._position_ids: torch.Tensor | None = None  # [batch, position], once they were not the default
-        self._mask: torch.Tensor | None = None  # [batch, position] uint8, once anything was padded
-        self._lost: list[tuple[Leg, str, float]] = []
+        self._machine = RoutedSession(
+            checkpoint.num_blocks,
+            checkpoint.hidden_size,
+            lambda: secrets.token_hex(16),
+            chain=settings.chain,
+            standbys=settings.redundancy > 1,
+            codec=settings.activation_codec,
+        )
         self._position = 0
         self._batch = 0
+        self._pending_reorder: torch.Tensor | None = None
+        self._streams: dict[int, tuple[WatchedStream, asyncio.Task[None]]] = {}
+        self._errands: set[asyncio.Task[None]] = set()
+        self._awaited: dict[int, asyncio.Future[Delivered]] = {}
+        self._looking_after: asyncio.Task[None] | None = None
+        self._step_begun = self._last_progress = self._last_sent_again = 0.0  # time.monotonic()
         self._closed = False
         self.recoveries: list[Recovery] = []
-        self.last_timings: tuple[HopTiming, ...] = ()
+        self.last_step = StepTiming(0.0, ())
 
     @property
     def position(self) -> int:
@@ -86,7 +115,22 @@ class Session:
     @property
     def route(self) -> tuple[Leg, ...]:
         """The servers in use now."""
-        return tuple(Leg(hop.peer_id, hop.start, hop.end) for _, hop in sorted(self._hops.items()))
+        return tuple(_leg(place) for place in self._machine.places)
+
+    @property
+    def standbys(self) -> tuple[Leg, ...]:
+        """The servers that could take over at once."""
+        return tuple(_leg(place) for place in self._machine.standbys)
+
+    @property
+    def relayed(self) -> tuple[int, ...]:
+        """The block boundaries at which hidden states pass through this client, not straight from server to server."""
+        return self._machine.relayed
+
+    @property
+    def last_timings(self) -> tuple[HopTiming, ...]:
+        """Where the time of the last step went, server by server."""
+        return self.last_step.hops
 
     async def step(
         self,
@@ -111,24 +155,30 @@ class Session:
         if self._closed:
             raise SessionClosed("this session has been closed; start another")
         hidden_states = hidden_states.detach().to("cpu")
-        begun_at = self._position
-        self._check_batch(hidden_states.shape[0])
-        self._max_length = max(self._max_length, begun_at + hidden_states.shape[1])
-        position_ids = self._keep_position_ids(hidden_states, position_ids)
-        mask = self._keep_mask(hidden_states, mask)
-        outputs = []
+        batch, count, _ = hidden_states.shape
+        if batch != self._batch and self._position > 0:
+            raise ValueError(f"this session holds {self._batch} sequences, the step has {batch}")
+        self._step_begun = self._last_progress = time.monotonic()
+        if self._looking_after is None:
+            self._looking_after = self._errand(self._look_after())
+        self._max_length = max(self._max_length, self._position + count)
+        old_batch, self._batch = self._batch, batch
+        position_ids = _unless_default(position_ids, self._position, batch, count)
+        mask = None if mask is None or bool(mask.all()) else mask.detach().to("cpu", torch.uint8).expand(batch, count)
         try:
-            for begin, end in self._chunks(hidden_states):
-                outputs.append(
-                    await self._step_chunk(
-                        hidden_states[:, begin:end],
-                        position_ids[:, begin:end] if position_ids is not None else None,
-                        mask[:, begin:end] if mask is not None else None,
-                    )
-                )
+            for stream, _ in self._streams.values():
+                stream.expecting = True
+            delivered = await self._run(hidden_states, position_ids, mask)
         except BaseException:
-            self.roll_back(begun_at)
+            self._batch = old_batch
+            self._do(self._machine.abort())
             raise
+        finally:
+            for stream, _ in self._streams.values():
+                stream.expecting = False
+        self._position += count
+        self.last_step = self._timing(time.monotonic() - self._step_begun, delivered)
+        outputs = [one.hidden_states.to(hidden_states.dtype) for one in delivered]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def roll_back(self, position: int) -> None:
@@ -140,201 +190,208 @@ class Session:
         if not 0 <= position <= self._position:
             raise ValueError(f"cannot go to position {position}: the session holds positions 0 to {self._position}")
         self._position = position
-        for log in self._logs.values():
-            log.truncate(position)
-        self._position_ids = self._position_ids[:, :position] if self._position_ids is not None else None
-        self._mask = self._mask[:, :position] if self._mask is not None else None
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Let sequence i go on as what sequence ``rows[i]`` was; the servers follow with the next step."""
         rows = rows.to("cpu", torch.int64)
         if self._position == 0:
             return
-        for log in self._logs.values():
-            log.reorder(rows)
-        for hop in self._hops.values():
-            hop.pending_reorder = rows if hop.pending_reorder is None else hop.pending_reorder[rows]
-        self._position_ids = self._position_ids[rows] if self._position_ids is not None else None
-        self._mask = self._mask[rows] if self._mask is not None else None
+        self._pending_reorder = rows if self._pending_reorder is None else self._pending_reorder[rows]
         self._batch = len(rows)
 
     async def close(self) -> None:
         """Free the caches on all servers."""
         self._closed = True
-        hops, self._hops = list(self._hops.values()), {}
-        await asyncio.gather(*(hop.close() for hop in hops))
+        self._do(self._machine.abort())
+        errands = list(self._errands)
+        for task in errands:
+            task.cancel()
+        await asyncio.gather(*errands, return_exceptions=True)
 
-    async def _step_chunk(
+    # --- doing what the machine says
+
+    async def _run(
         self, hidden_states: torch.Tensor, position_ids: torch.Tensor | None, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        deadline = time.monotonic() + self._settings.deadline_s
-        entered: dict[int, torch.Tensor] = {}
-        timings: list[HopTiming] = []
-        await self._leave_draining_servers()
-        block, current = 0, hidden_states
-        while block < self._checkpoint.num_blocks:
-            hop = self._hops.get(block)
-            if hop is None:
-                await self._fill_gap(block, deadline)
-                continue
-            try:
-                output, timing = await hop.step(self._position, current, position_ids, mask)
-            except (PeerError, RemoteError) as error:
-                await self._lose(hop, error)
-                continue
-            except BaseException:  # the user interrupted: what the server has done is unknown
-                del self._hops[block]
-                await hop.abandon()
-                raise
-            timings.append(timing)
-            entered[block] = current
-            block, current = hop.end, output
-        for boundary, states in entered.items():
-            if boundary in self._logs:
-                self._logs[boundary].append(states)
-        self._position += hidden_states.shape[1]
-        self.last_timings = tuple(timings)
-        return current
+    ) -> list[Delivered]:
+        reorder = self._pending_reorder.tolist() if self._pending_reorder is not None and self._position else None
+        waiting = []
+        for begin, end in _chunks(*hidden_states.shape[:2]):
+            future: asyncio.Future[Delivered] = asyncio.get_running_loop().create_future()
+            sequence, actions = self._machine.submit(
+                self._position + begin,
+                reorder if begin == 0 else None,
+                hidden_states[:, begin:end],
+                position_ids[:, begin:end] if position_ids is not None else None,
+                mask[:, begin:end] if mask is not None else None,
+            )
+            self._awaited[sequence] = future
+            waiting.append(future)
+            self._do(actions)
+        try:
+            delivered = [await waiting[0]]
+            self._pending_reorder = None  # all servers have done it
+            return delivered + [await future for future in waiting[1:]]
+        finally:
+            self._awaited.clear()
 
-    async def _fill_gap(self, start: int, deadline: float) -> None:
-        """Find servers for the blocks from `start` to the next hop, and bring them to the session's state.
+    def _do(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case ToHop(hop, message, tensors):
+                    self._streams[hop][0].send(message, tensors)
+                case Delivered(sequence):
+                    self._last_progress = time.monotonic()
+                    if (future := self._awaited.get(sequence)) is not None and not future.done():
+                        future.set_result(action)
+                case FindRoute(start, end):
+                    self._errand(self._find_route(start, end))
+                case FindStandby():
+                    self._errand(self._find_standby(action))
+                case OpenHop():
+                    self._open(action)
+                case CloseHop(hop):
+                    self._close(hop)
+                case Replaced():
+                    self._last_progress = time.monotonic()
+                    self._note(action)
 
-        Raises:
-            NoRoute: none until the deadline.
-        """
-        max_age_s = _VIEW_AGE_S if not self._lost else _VIEW_AGE_IN_RECOVERY_S
-        while start not in self._hops:
+    def _errand(self, errand: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(errand)
+        self._errands.add(task)
+        task.add_done_callback(self._errand_done)
+        return task
+
+    def _errand_done(self, task: asyncio.Task[None]) -> None:
+        self._errands.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """Tell whoever waits for a step."""
+        for future in self._awaited.values():
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # one of them is enough to be seen
+
+    async def _find_route(self, start: int, end: int) -> None:
+        """Find servers for the blocks ``[start, end)``; those who wait are told if there are none by the deadline."""
+        deadline_s = self._settings.deadline_s
+        max_age_s = _VIEW_AGE_IN_RECOVERY_S if self._machine.is_recovering else _VIEW_AGE_S
+        while True:
             await self._view.refresh(max_age_s=max_age_s)
-            end = min((first for first in self._hops if first > start), default=self._checkpoint.num_blocks)
             legs = self._view.route(start, end, salt=self._salt)
-            if legs is not None:
-                await self._take_over(legs)
-            elif time.monotonic() < deadline:  # all that is known was tried: wait for news
-                await asyncio.sleep(min(_RETRY_S, max(0.0, deadline - time.monotonic())))
-            if start not in self._hops and time.monotonic() >= deadline:
+            now = time.monotonic()
+            if legs is None and now < self._last_progress + deadline_s:  # all that is known was tried: wait for news
+                await asyncio.sleep(min(_RETRY_S, self._last_progress + deadline_s - now))
+                max_age_s = 0.0
+            elif now >= self._last_progress + deadline_s:
                 raise NoRoute(
-                    f"{self._view.explain(start, end)}\nWaited {self._settings.deadline_s:g} s. "
+                    f"{self._view.explain(start, end)}\nWaited {deadline_s:g} s. "
                     "`swarm status` shows the whole picture; deadline_s=… waits longer."
                 )
-            max_age_s = 0.0 if legs is None else max_age_s
-        for boundary in list(self._logs):
-            if any(hop.start < boundary < hop.end for hop in self._hops.values()):
-                del self._logs[boundary]  # nobody enters there any more
-        self._note_recoveries()
-
-    async def _take_over(self, legs: tuple[Leg, ...]) -> None:
-        """Open `legs` all at once and replay into them, first to last. Those that fail are left out."""
-        opened = await asyncio.gather(*(self._open(leg) for leg in legs), return_exceptions=True)
-        for leg, hop in zip(legs, opened, strict=True):
-            if isinstance(hop, BaseException):
-                self._do_not_use(leg.peer_id, hop)
-            elif hop.start not in self._logs:  # a leg before it failed, so nobody knows what enters here
-                await hop.close()
             else:
-                try:
-                    await self._replay(hop)
-                    self._hops[hop.start] = hop
-                except (PeerError, RemoteError) as error:
-                    await hop.abandon()
-                    self._do_not_use(hop.peer_id, error)
+                assert legs is not None
+                return self._do(self._machine.route_found(tuple(self._place(leg) for leg in legs)))
 
-    def _do_not_use(self, peer_id: str, error: BaseException) -> None:
-        if not isinstance(error, PeerError | RemoteError):
-            raise error
-        logger.info("%s does not take over: %s", peer_id, error)
-        self._view.penalize(peer_id, error)
+    async def _find_standby(self, wanted: FindStandby) -> None:
+        await self._view.refresh(max_age_s=_VIEW_AGE_S)
+        leg = self._view.standby(wanted.start, wanted.end, without=wanted.without, salt=self._salt)
+        if leg is not None:
+            self._do(self._machine.standby_found(wanted.start, self._place(leg)))
+        elif wanted.leaving is not None and self._view.route(
+            wanted.start, wanted.end, salt=self._salt, without=wanted.leaving
+        ):  # not one server, but several can follow
+            self._view.penalize(wanted.leaving, RemoteError("it is leaving"))
+            self._do(self._machine.lost(wanted.hop, "it is leaving", time.monotonic()))
 
-    async def _open(self, leg: Leg) -> Hop:
-        return await Hop.open(
+    def _place(self, leg: Leg) -> Place:
+        return Place(leg.peer_id, leg.start, leg.end, tuple(self._view.server(leg.peer_id).addresses[:8]))
+
+    def _open(self, action: OpenHop) -> None:
+        place, settings = action.place, self._settings
+        stream = WatchedStream(
             self._node,
-            self._view.server(leg.peer_id),
-            leg,
-            model=self._checkpoint.model_digest,
-            batch=self._batch,
-            max_length=self._max_length,
-            settings=self._settings,
+            place.peer_id,
+            place.addresses,
+            STREAM_PROTOCOL,
+            peer_timeout_s=settings.peer_timeout_s,
+            connect_timeout_s=settings.connect_timeout_s,
+        )
+        stream.expecting = bool(self._awaited)
+        stream.send(
+            Open(
+                session=action.token,
+                model=self._checkpoint.model_digest,
+                start=place.start,
+                end=place.end,
+                batch=self._batch,
+                max_length=self._max_length,
+                standby=action.standby,
+                codec=settings.activation_codec,
+            )
+        )
+        self._streams[action.hop] = (stream, self._errand(self._keep(action.hop, stream)))
+
+    async def _keep(self, hop: int, stream: WatchedStream) -> None:
+        def heard(message: Message, tensors: dict[str, torch.Tensor]) -> None:
+            if isinstance(message, Refusal):
+                raise REMOTE_ERRORS.get(message.code, RemoteError)(message.reason)
+            self._do(self._machine.received(hop, message, tensors))
+
+        try:
+            await stream.run(heard)
+        except (PeerError, RemoteError) as error:
+            if not isinstance(error, CannotRollBack):  # that one is well; it only needs the session anew
+                logger.info("lost %s: %s", stream.peer_id, error)
+                self._view.penalize(stream.peer_id, error)
+            self._do(self._machine.lost(hop, str(error), time.monotonic()))
+
+    def _close(self, hop: int) -> None:
+        stream, task = self._streams.pop(hop)
+        if task is not asyncio.current_task():
+            stream.send(Close())
+            task.cancel()
+
+    async def _look_after(self) -> None:
+        """What is done from time to time, as long as the session lives."""
+        while True:
+            await asyncio.sleep(_LOOK_AFTER_S)
+            self._do(self._machine.look_for_standbys())
+            now = time.monotonic()
+            if self._awaited and now - max(self._last_progress, self._last_sent_again) > _SEND_AGAIN_S:
+                self._last_sent_again = now
+                self._do(self._machine.send_again())
+
+    def _note(self, replaced: Replaced) -> None:
+        place, lost_at = replaced.place, replaced.lost_at
+        pause_s = time.monotonic() - max(lost_at, self._step_begun) if lost_at is not None else 0.0
+        replayed = 0 if replaced.by_standby else self._machine.length
+        self.recoveries.append(
+            Recovery(
+                place.peer_id, place.start, place.end, replaced.reason, replayed, pause_s, replaced.by_standby, lost_at
+            )
         )
 
-    async def _replay(self, hop: Hop) -> None:
-        """Bring a fresh server to the session's state, and learn what leaves it if nobody knows that yet."""
-        following = ActivationLog() if hop.end not in self._logs and hop.end < self._checkpoint.num_blocks else None
-        log = self._logs[hop.start]
-        if len(log):
-            states = log.since(0)
-            for begin, end in self._chunks(states):
-                position_ids = self._position_ids[:, begin:end] if self._position_ids is not None else None
-                mask = self._mask[:, begin:end] if self._mask is not None else None
-                output, _ = await hop.step(begin, states[:, begin:end], position_ids, mask)
-                if following is not None:
-                    following.append(output)
-        if following is not None:
-            self._logs[hop.end] = following
+    def _timing(self, total_s: float, delivered: list[Delivered]) -> StepTiming:
+        hops = self._machine.hops
+        ways_s = {place.start: self._streams[number][0].one_way_s or 0.0 for number, place in hops.items()}
+        peers = {place.start: place.peer_id for place in hops.values()}
+        return time_by_hop(total_s, [one.hops for one in delivered], peers, ways_s)
 
-    async def _lose(self, hop: Hop, error: Exception) -> None:
-        """Take a server that failed out of the route."""
-        if not isinstance(error, CannotRollBack):  # that one is well; it only needs the session anew
-            logger.info("lost %s (blocks %d to %d): %s", hop.peer_id, hop.start, hop.end - 1, error)
-            self._view.penalize(hop.peer_id, error)
-        self._lost.append((Leg(hop.peer_id, hop.start, hop.end), str(error), time.monotonic()))
-        del self._hops[hop.start]
-        await hop.abandon()
 
-    async def _leave_draining_servers(self) -> None:
-        """Move away from servers that said they leave, as far as others can take over."""
-        for hop in [hop for hop in self._hops.values() if hop.draining]:
-            await self._view.refresh(max_age_s=_VIEW_AGE_S)
-            if self._view.route(hop.start, hop.end, salt=self._salt, without=hop.peer_id) is None:
-                continue
-            logger.info("moving from %s, which is leaving", hop.peer_id)
-            self._view.penalize(hop.peer_id, RemoteError("it is leaving"))
-            self._lost.append((Leg(hop.peer_id, hop.start, hop.end), "it is leaving", time.monotonic()))
-            del self._hops[hop.start]
-            await hop.close()
+def _leg(place: Place) -> Leg:
+    return Leg(place.peer_id, place.start, place.end)
 
-    def _note_recoveries(self) -> None:
-        now, open_still = time.monotonic(), []
-        for leg, reason, lost_at in self._lost:
-            if any(hop.start <= leg.start < hop.end for hop in self._hops.values()):
-                self.recoveries.append(Recovery(leg.peer_id, leg.start, leg.end, reason, self._position, now - lost_at))
-            else:
-                open_still.append((leg, reason, lost_at))
-        self._lost = open_still
 
-    def _check_batch(self, batch: int) -> None:
-        if self._batch == 0 or self._position == 0:
-            if batch != self._batch:
-                self._start_over(batch)
-        elif batch != self._batch:
-            raise ValueError(f"this session holds {self._batch} sequences, the step has {batch}")
+def _chunks(batch: int, count: int) -> list[tuple[int, int]]:
+    """Pieces ``[begin, end)`` of a step of `count` positions: small enough, and enough to keep every server busy."""
+    each = min(max(_MIN_CHUNK, -(-count // _CHUNKS)), max(1, MAX_STEP_POSITIONS // batch))
+    return [(begin, min(begin + each, count)) for begin in range(0, count, each)]
 
-    def _start_over(self, batch: int) -> None:
-        self._batch = batch
-        self._position_ids = self._mask = None
-        self._logs = {boundary: ActivationLog() for boundary in self._logs}
-        for hop in self._hops.values():
-            hop.pending_reorder = torch.zeros(batch, dtype=torch.int64)
 
-    def _keep_position_ids(self, hidden_states: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor | None:
-        batch, count, _ = hidden_states.shape
-        default = torch.arange(self._position, self._position + count).expand(batch, count)
-        ids = default if given is None else given.detach().to("cpu", torch.int64).expand(batch, count)
-        if self._position_ids is None and torch.equal(ids, default):
-            return None
-        if self._position_ids is None:
-            self._position_ids = torch.arange(self._position).expand(batch, self._position)
-        self._position_ids = torch.cat([self._position_ids, ids], dim=1)
-        return ids
-
-    def _keep_mask(self, hidden_states: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor | None:
-        batch, count, _ = hidden_states.shape
-        if self._mask is None and (given is None or bool(given.all())):
-            return None
-        new = torch.ones(batch, count, dtype=torch.uint8) if given is None else given.to("cpu", torch.uint8)
-        past = self._mask if self._mask is not None else torch.ones(batch, self._position, dtype=torch.uint8)
-        self._mask = torch.cat([past, new], dim=1)
-        return new
-
-    def _chunks(self, hidden_states: torch.Tensor) -> list[tuple[int, int]]:
-        batch, count, size = hidden_states.shape
-        each = max(1, _CHUNK_BYTES // (batch * size * hidden_states.element_size()))
-        return [(begin, min(begin + each, count)) for begin in range(0, count, each)]
+def _unless_default(ids: torch.Tensor | None, position: int, batch: int, count: int) -> torch.Tensor | None:
+    """Position ids, unless they simply count on from `position`."""
+    if ids is None:
+        return None
+    ids = ids.detach().to("cpu", torch.int64).expand(batch, count)
+    return None if torch.equal(ids, torch.arange(position, position + count).expand(batch, count)) else ids

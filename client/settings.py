@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from swarm.protocol.codec import CODECS
+
 
 @dataclass(frozen=True)
 class ClientSettings:
@@ -13,8 +15,14 @@ class ClientSettings:
     """Multiaddrs of peers to join through."""
     deadline_s: float = 60.0
     """How long to look for a server for a block that has none, before giving up with an error."""
-    peer_timeout_s: float = 5.0
-    """A server that leaves a ping unanswered for this long is taken for dead."""
+    peer_timeout_s: float = 2.0
+    """A server that leaves a ping unanswered for this long (and some of the link's round trips) is taken for dead."""
+    chain: bool = True
+    """Servers send straight to one another where they can; False: all passes through the client."""
+    redundancy: int = 1
+    """2: for every span a second server is kept up to date, which takes over at once when the first is lost."""
+    activation_codec: str | None = None
+    """How hidden states travel: ``"int8"``, ``"bfloat16"``, ``"float16"``; None: losslessly."""
     connect_timeout_s: float = 5.0
     allowed_servers: tuple[str, ...] | None = None
     """Use only these peer ids."""
@@ -22,3 +30,9 @@ class ClientSettings:
     """Never use these peer ids."""
     any_precision: bool = False
     """Also use servers that compute in another precision than the client's; output may then differ from local."""
+
+    def __post_init__(self) -> None:
+        if self.redundancy not in (1, 2):
+            raise ValueError(f"redundancy={self.redundancy} is neither 1 nor 2")
+        if self.activation_codec is not None and self.activation_codec not in CODECS:
+            raise ValueError(f"activation_codec={self.activation_codec!r} is none of {', '.join(CODECS)}")

@@ -21,6 +21,8 @@ _EXPIRED_GRACE_S = 10.0
 """A record that runs out on its way must not make hivemind throw away the others in the same reply;
 :class:`swarm.dht.directory.Directory` drops it afterwards."""
 _REMEMBERED_VERDICTS = 4096
+_MAX_NAME_BYTES = 128
+"""Of keys (20 bytes) and subkeys (a peer id: 53). What is longer is not even remembered as invalid."""
 
 
 class AnnouncementValidator(RecordValidatorBase):  # type: ignore[misc]
@@ -42,6 +44,8 @@ class AnnouncementValidator(RecordValidatorBase):  # type: ignore[misc]
         now = time.time()
         if not now - _EXPIRED_GRACE_S <= record.expiration_time <= now + LEASE_S + CLOCK_SLACK_S:
             return False
+        if len(record.value) > MAX_RECORD_BYTES or max(len(record.key), len(record.subkey)) > _MAX_NAME_BYTES:
+            return False
         fingerprint = (record.key, record.subkey, record.value, record.expiration_time)
         if fingerprint not in self._verdicts:
             self._verdicts[fingerprint] = _is_authentic(record)
@@ -52,8 +56,6 @@ class AnnouncementValidator(RecordValidatorBase):  # type: ignore[misc]
 
 def _is_authentic(record: DHTRecord) -> bool:
     """Everything about a record that does not change with time."""
-    if len(record.value) > MAX_RECORD_BYTES:
-        return False
     try:
         peer_id = msgpack.unpackb(record.subkey)
         value, signature = _split(record.value)

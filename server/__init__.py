@@ -1,5 +1,6 @@
 """Host a span of a model: load, cache, execute, announce, drain."""
 
+import swarm.server.lean_transformers  # noqa: F401  # isort: skip  (before anything that imports transformers' models)
 from swarm.server.lifecycle import Server
 from swarm.server.settings import ServerSettings
 

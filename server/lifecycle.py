@@ -16,12 +16,12 @@ from swarm.dht import RENEWAL_S, Announcement, Directory, State
 from swarm.errors import PeerError, SwarmError
 from swarm.models import Checkpoint, Span, load_span, open_checkpoint
 from swarm.models.kv_size import kv_bytes_per_position
+from swarm.models.weight_layout import lay_out_span
 from swarm.placement import choose_span
-from swarm.protocol.messages import STREAM_PROTOCOL
+from swarm.protocol.messages import LINK_PROTOCOL, STREAM_PROTOCOL
 from swarm.protocol.tensors import dtype_name
 from swarm.server.compute import ComputeThread
-from swarm.server.huge_pages import lay_in_huge_pages
-from swarm.server.machine import allowed_memory, choose_device, give_back_memory
+from swarm.server.machine import allowed_memory, choose_device, memory_given_back
 from swarm.server.plan import MemoryPlan, make_plan
 from swarm.server.sessions import SessionTable
 from swarm.server.settings import ServerSettings
@@ -74,6 +74,7 @@ def prepare(settings: ServerSettings) -> Prepared:
         blocks=settings.blocks,
         num_blocks=settings.num_blocks,
         kv_tokens=settings.kv_tokens,
+        kept_bytes_per_position=checkpoint.hidden_size * dtype.itemsize if device.type == "cpu" else 0,
     )
     return Prepared(checkpoint, device, dtype, plan)
 
@@ -144,13 +145,15 @@ class Server:
         self, node: Node, directory: Directory, checkpoint: Checkpoint, on_ready: Callable[[Announcement], None]
     ) -> None:
         span = await self._load(checkpoint)
+        plan = self._prepared.plan
         self._table = SessionTable(
-            span, checkpoint.model_digest, self._prepared.plan.kv_tokens, self._settings.max_sessions
+            span, checkpoint.model_digest, plan.kv_tokens, self._settings.max_sessions, plan.kept_blocks
         )
         streams = StreamServer(
-            self._table, self._compute, checkpoint.hidden_size, span.dtype, self._settings.idle_timeout_s
+            node, self._table, self._compute, checkpoint.hidden_size, span.dtype, self._settings.idle_timeout_s
         )
-        await node.serve(STREAM_PROTOCOL, streams.handle)
+        await node.serve(STREAM_PROTOCOL, streams.handle_session)
+        await node.serve(LINK_PROTOCOL, streams.handle_link)
         self._state = State.ONLINE
         announcement = await self._announcement(node)
         await directory.announce(announcement)
@@ -176,21 +179,21 @@ class Server:
         total = sum(checkpoint.block_elements(block) for block in range(start, end))
 
         def load() -> tuple[Span, float, tuple[str, ...]]:
-            with tqdm(
-                total=total, unit=" weights", unit_scale=True, desc=f"Loading blocks {start} to {end - 1}"
-            ) as bar:
-                span = load_span(
-                    checkpoint,
-                    start,
-                    end,
-                    dtype=self._prepared.dtype,
-                    device=self._prepared.device,
-                    on_elements=bar.update,
-                )
-            digests = checkpoint.digests.blocks if checkpoint.files.paths else ()
-            checkpoint.files.release()
-            lay_in_huge_pages(span.weights())
-            give_back_memory()
+            with memory_given_back():
+                with tqdm(
+                    total=total, unit=" weights", unit_scale=True, desc=f"Loading blocks {start} to {end - 1}"
+                ) as bar:
+                    span = load_span(
+                        checkpoint,
+                        start,
+                        end,
+                        dtype=self._prepared.dtype,
+                        device=self._prepared.device,
+                        on_elements=bar.update,
+                    )
+                digests = checkpoint.digests.blocks if checkpoint.files.paths else ()
+                checkpoint.files.release()
+                lay_out_span(span, checkpoint.hidden_size)
             return span, _measure_throughput(span, checkpoint.hidden_size), digests
 
         (span, self._throughput, digests), _ = await self._compute.run(load)

@@ -33,6 +33,17 @@ class MemoryPlan:
     num_blocks: int
     """Blocks to host."""
     model_blocks: int
+    kept_bytes_per_token: int = 0
+    """Activations that were sent on, kept to bring a replacement of the next server up to date; in this memory."""
+
+    @property
+    def kept_blocks(self) -> int:
+        """What is kept of a position takes as much memory as the KV cache of so many blocks."""
+        return -(-self.kept_bytes_per_token * self.num_blocks // self.kv_bytes_per_token)
+
+    @property
+    def kept_bytes(self) -> int:
+        return self.kv_tokens * self.kept_bytes_per_token
 
     @property
     def kv_bytes(self) -> int:
@@ -40,7 +51,7 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        return PROCESS_BYTES + WORKING_BYTES + self.weight_bytes + self.kv_bytes
+        return PROCESS_BYTES + WORKING_BYTES + self.weight_bytes + self.kv_bytes + self.kept_bytes
 
     def lines(self) -> list[str]:
         """The plan as a person reads it before anything is loaded."""
@@ -50,8 +61,10 @@ class MemoryPlan:
             ("program, buffers", PROCESS_BYTES + WORKING_BYTES, "torch, p2pd, activations in flight"),
             ("weights", self.weight_bytes, f"{self.num_blocks} of {self.model_blocks} blocks"),
             ("KV cache, at most", self.kv_bytes, f"{self.kv_tokens:,} positions, {size(per_block)} per block"),
+            ("kept for recovery", self.kept_bytes, "at most: activations, to bring a next server up to date"),
             ("total, at most", self.total_bytes, ""),
         ]  # fmt: skip
+        rows = [row for row in rows if row[1]]
         return [f"  {name:<18}{size(amount):>10}   {note}".rstrip() for name, amount, note in rows]
 
 
@@ -64,6 +77,7 @@ def make_plan(
     blocks: tuple[int, int] | None = None,
     num_blocks: int | None = None,
     kv_tokens: int | None = None,
+    kept_bytes_per_position: int = 0,
 ) -> MemoryPlan:
     """Choose how many blocks and how much KV cache to hold.
 
@@ -73,29 +87,32 @@ def make_plan(
         blocks: the span that the owner wants; None: as many blocks as fit.
         num_blocks: as many as the owner wants, if `blocks` is None.
         kv_tokens: as many positions as the owner wants; None: what is left, within reason.
+        kept_bytes_per_position: of the activations that are kept for recovery, if that is the same memory.
 
     Raises:
         InsufficientMemory: it does not fit; says how much is missing and what would fit.
     """
     model_blocks, largest = len(block_bytes), max(block_bytes)
-    usable = memory_bytes - PROCESS_BYTES - WORKING_BYTES
     least_tokens = kv_tokens or MIN_KV_TOKENS
-    fitting = min(model_blocks, max(0, usable) // (largest + least_tokens * kv_bytes_per_block))
+    least_kept = least_tokens * kept_bytes_per_position
+    program = PROCESS_BYTES + WORKING_BYTES
+    usable = memory_bytes - program
+    fitting = min(model_blocks, max(0, usable - least_kept) // (largest + least_tokens * kv_bytes_per_block))
     wanted = (blocks[1] - blocks[0]) if blocks else num_blocks
     count = max(fitting, 1) if wanted is None else wanted
     weights = sum(block_bytes[slice(*blocks)]) if blocks else count * largest
-    needed = weights + least_tokens * kv_bytes_per_block * count
+    needed = weights + least_tokens * kv_bytes_per_block * count + least_kept
     if needed > usable:
         raise InsufficientMemory(
             f"{_blocks(count)} with {least_tokens:,} positions of KV cache need "
-            f"{size(needed + PROCESS_BYTES + WORKING_BYTES, round_up=True)} "
-            f"(of which {size(PROCESS_BYTES + WORKING_BYTES)} for the program), "
+            f"{size(needed + program, round_up=True)} "
+            f"(of which {size(program)} for the program), "
             f"but only {size(memory_bytes)} are allowed ({memory_from}). "
             + (f"{_blocks(fitting)} would fit: --num-blocks {fitting}. " if fitting else "")
             + f"Allow more with --memory, {'offer fewer --kv-tokens, ' if kv_tokens and weights < usable else ''}"
             + "host fewer blocks, or choose a smaller --dtype."
         )
-    affordable = (usable - weights) // (kv_bytes_per_block * count)
+    affordable = (usable - weights) // (kv_bytes_per_block * count + kept_bytes_per_position)
     return MemoryPlan(
         memory_bytes=memory_bytes,
         memory_from=memory_from,
@@ -105,15 +122,18 @@ def make_plan(
         kv_tokens=kv_tokens or min(affordable, MAX_DEFAULT_KV_TOKENS),
         num_blocks=count,
         model_blocks=model_blocks,
+        kept_bytes_per_token=kept_bytes_per_position,
     )
 
 
 def size(count: int, *, round_up: bool = False) -> str:
     """A number of bytes as people write it: ``13.5 MiB``; `round_up`: never less than `count`."""
-    for unit, factor in (("GiB", 1024**3), ("MiB", MIB), ("KiB", 1024)):
-        if count >= factor:
-            return f"{-(-count * 10 // factor) / 10 if round_up else count / factor:.1f} {unit}"
-    return f"{count} B"
+    text, rolls_over = f"{count} B", count >= 1024
+    for unit, factor in (("KiB", 1024), ("MiB", MIB), ("GiB", 1024**3)):
+        if rolls_over:
+            tenths = -(-count * 10 // factor) if round_up else round(count * 10 / factor)
+            text, rolls_over = f"{tenths / 10:.1f} {unit}", tenths >= 1024 * 10
+    return text
 
 
 def _blocks(count: int) -> str:

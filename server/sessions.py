@@ -9,7 +9,7 @@ import torch
 from swarm.errors import BlocksNotHosted, CacheFull, CannotRollBack, Draining, WrongModel
 from swarm.models import Span, SpanCache
 from swarm.protocol.messages import Open
-from swarm.protocol.sessions import StepRequested
+from swarm.protocol.served_session import Work
 
 
 @dataclass
@@ -24,41 +24,40 @@ class HeldSession:
     mask: torch.Tensor | None = field(default=None)
     """[batch, cached] int64, once anything was padded; None: no padding."""
 
-    def run(self, request: StepRequested) -> torch.Tensor:
+    def run(self, work: Work) -> torch.Tensor:
         """Run a step on the device; the result is on the CPU. Called on the compute thread only.
 
         Raises:
             CannotRollBack: the cache cannot return to the step's position.
         """
-        step = request.step
-        if not self.cache.roll_back(step.position):
+        if not self.cache.roll_back(work.position):
             raise CannotRollBack(
-                f"this model's sliding-window layers have forgotten what position {step.position} needs "
+                f"this model's sliding-window layers have forgotten what position {work.position} needs "
                 f"(the cache ends at {self.cache.length})"
             )
         if self.mask is not None:
-            self.mask = self.mask[:, : step.position]
-        if step.reorder is not None:
-            rows = torch.tensor(step.reorder, device=self.span.device)
+            self.mask = self.mask[:, : work.position] if work.position else None
+        if work.reorder is not None:
+            rows = torch.tensor(work.reorder, device=self.span.device)
             self.cache.reorder_cache(rows)
             self.mask = self.mask[rows] if self.mask is not None else None
-        self.batch = request.hidden_states.shape[0]
-        self._extend_mask(request)
+        self.batch = work.hidden_states.shape[0]
+        self._extend_mask(work)
         device = self.span.device
         output = self.span.forward(
-            request.hidden_states.to(device, self.span.dtype),
+            work.hidden_states.to(device, self.span.dtype),
             self.cache,
-            request.position_ids.to(device) if request.position_ids is not None else None,
+            work.position_ids.to(device) if work.position_ids is not None else None,
             self.mask,
         )
         return output.to("cpu")
 
-    def _extend_mask(self, request: StepRequested) -> None:
-        batch, count, _ = request.hidden_states.shape
-        if self.mask is None and request.mask is None:
+    def _extend_mask(self, work: Work) -> None:
+        batch, count, _ = work.hidden_states.shape
+        if self.mask is None and work.mask is None:
             return
-        ones = torch.ones(batch, request.step.position, dtype=torch.int64, device=self.span.device)
-        new = request.mask if request.mask is not None else torch.ones(batch, count)
+        ones = torch.ones(batch, work.position, dtype=torch.int64, device=self.span.device)
+        new = work.mask if work.mask is not None else torch.ones(batch, count)
         past = self.mask if self.mask is not None else ones
         self.mask = torch.cat([past, new.to(past)], dim=1)
 
@@ -66,9 +65,14 @@ class HeldSession:
 class SessionTable:
     """Who is here, and how much KV cache is promised to them."""
 
-    def __init__(self, span: Span, model: str, kv_tokens: int, max_sessions: int) -> None:
-        self._span, self._model = span, model
-        self._budget = kv_tokens * (span.end - span.start)  # in positions × blocks
+    def __init__(self, span: Span, model: str, kv_tokens: int, max_sessions: int, kept_blocks: int = 0) -> None:
+        """
+        Args:
+            kept_blocks: what is kept of a position besides its KV cache (the activations that were sent on) takes
+                as much memory as the KV cache of so many blocks.
+        """
+        self._span, self._model, self._kept_blocks = span, model, kept_blocks
+        self._budget = kv_tokens * self._cost(span)
         self._max_sessions = max_sessions
         self._held: dict[int, HeldSession] = {}
         self.draining = False
@@ -79,7 +83,7 @@ class SessionTable:
     @property
     def free_tokens(self) -> int:
         """Positions of KV cache on the whole span that are promised to nobody."""
-        return max(0, self._budget - self._promised()) // (self._span.end - self._span.start)
+        return max(0, self._budget - self._promised()) // self._cost(self._span)
 
     def open(self, request: Open) -> HeldSession:
         """Make room for a session.
@@ -106,14 +110,14 @@ class SessionTable:
         self._held[id(session)] = session
         return session
 
-    def grow(self, session: HeldSession, request: StepRequested) -> None:
+    def grow(self, session: HeldSession, work: Work) -> None:
         """Make room for a step that goes beyond what the session reserved.
 
         Raises:
             CacheFull: there is none.
         """
-        batch, count, _ = request.hidden_states.shape
-        needed = max(session.reserved_positions, request.step.position + count)
+        batch, count, _ = work.hidden_states.shape
+        needed = max(session.reserved_positions, work.position + count)
         if batch > session.batch or needed > session.reserved_positions:
             self._reserve(session, batch, needed)
 
@@ -122,19 +126,23 @@ class SessionTable:
         self._held.pop(id(session), None)
 
     def _reserve(self, session: HeldSession, batch: int, positions: int) -> None:
-        blocks = session.span.end - session.span.start
-        wanted = batch * positions * blocks
+        cost = self._cost(session.span)
+        wanted = batch * positions * cost
         free = self._budget - self._promised(but=session)
         if wanted > free:
             raise CacheFull(
-                f"{batch} × {positions} positions of KV cache are more than the {max(0, free) // blocks} that are "
-                f"free on this server (of {self._budget // blocks}); try again later, or ask for a shorter session"
+                f"{batch} × {positions} positions of KV cache are more than the {max(0, free) // cost} that are "
+                f"free on this server (of {self._budget // cost}); try again later, or ask for a shorter session"
             )
         session.batch, session.reserved_positions = batch, positions
 
     def _promised(self, but: HeldSession | None = None) -> int:
         return sum(
-            held.batch * held.reserved_positions * (held.span.end - held.span.start)
+            held.batch * held.reserved_positions * self._cost(held.span)
             for held in self._held.values()
             if held is not but
         )
+
+    def _cost(self, span: Span) -> int:
+        """Of one position on `span`, in blocks of KV cache."""
+        return span.end - span.start + self._kept_blocks

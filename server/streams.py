@@ -1,4 +1,4 @@
-"""Serve one client's stream: bytes to the session's state machine, steps to the compute thread, results back."""
+"""Serve sessions: the bytes of their streams to their state machines, work to the compute thread, results on."""
 
 from __future__ import annotations
 
@@ -8,158 +8,288 @@ import logging
 
 import torch
 
-from swarm.errors import CacheFull, CannotRollBack, ProtocolError, RemoteError, ServerFault
-from swarm.protocol.messages import Open
-from swarm.protocol.sessions import OpenRequested, ServerSession, SessionEnded, StepRequested
+from swarm.errors import CacheFull, CannotRollBack, PeerError, ProtocolError, RemoteError, ServerFault
+from swarm.protocol.messages import Attach, Attached, Drain, Message, Open, Opened, Refusal
+from swarm.protocol.served_session import (
+    Action,
+    Compute,
+    Dial,
+    End,
+    HangUp,
+    ServedSession,
+    ToClient,
+    ToSuccessor,
+    Work,
+)
 from swarm.protocol.tensors import dtype_name
-from swarm.server.compute import ComputeThread
+from swarm.protocol.wire import Wire
+from swarm.server.compute import ComputeThread, Timed
+from swarm.server.links import OutgoingLink
 from swarm.server.sessions import HeldSession, SessionTable
+from swarm.transport.node import Node
 
 logger = logging.getLogger(__name__)
 
 _READ_BYTES = 256 * 1024
 _WRITE_TIMEOUT_S = 30.0
+_OPEN_TIMEOUT_S = 30.0
 _RETRY_AFTER_S = 5.0
+_MAX_UNREAD_BYTES = 256 * 1024 * 1024
+"""A client that leaves more than this unread loses its session."""
+_TASK_FAILURES = (OSError, TimeoutError)
 
 
 class StreamServer:
-    """Accepts session streams for one span."""
+    """Accepts session streams and link streams for one span."""
 
     def __init__(
-        self, table: SessionTable, compute: ComputeThread, hidden_size: int, dtype: torch.dtype, idle_timeout_s: float
+        self,
+        node: Node,
+        table: SessionTable,
+        compute: ComputeThread,
+        hidden_size: int,
+        dtype: torch.dtype,
+        idle_timeout_s: float,
     ) -> None:
-        self._table, self._compute = table, compute
-        self._hidden_size, self._dtype = hidden_size, dtype
-        self._idle_timeout_s = idle_timeout_s
-        self._streams: set[_Stream] = set()
-        self._no_session = asyncio.Event()
-        self._no_session.set()
+        self.node, self.table, self.compute = node, table, compute
+        self.hidden_size, self.dtype, self.idle_timeout_s = hidden_size, dtype_name(dtype), idle_timeout_s
+        self.sessions: dict[str, SessionStream] = {}
+        """By token."""
         self.steps = 0
         """Steps computed since the start."""
+        self._no_session = asyncio.Event()
+        self._no_session.set()
 
-    async def handle(self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve a stream until its end; a client that breaks the protocol loses this stream only."""
-        stream = _Stream(self, ServerSession(self._hidden_size), writer)
-        self._streams.add(stream)
+    async def handle_session(self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve a client's stream until its end; one that breaks the protocol loses this stream only."""
+        stream = SessionStream(self, writer)
         try:
             await stream.serve(reader)
         except* ProtocolError as errors:
-            logger.warning("closed a stream of %s: %s", peer_id, errors.exceptions[0])
-        except* (ConnectionError, TimeoutError):
+            logger.warning("closed a stream of %s: %s", peer_id, _first(errors))
+        except* _TASK_FAILURES:
             logger.info("%s vanished", peer_id)
+
+    async def handle_link(self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Take what a predecessor in a session sends, until either has enough."""
+        wire = Wire()
+        session: SessionStream | None = None
+        try:
+            async with asyncio.timeout(_OPEN_TIMEOUT_S) as attaching:
+                while data := await reader.read(_READ_BYTES):
+                    for message, tensors in wire.receive(data):
+                        if session is not None:
+                            session.from_predecessor(message, tensors)
+                        elif isinstance(message, Attach) and message.session in self.sessions:
+                            attaching.reschedule(None)  # from here on the session's client is the judge
+                            session = self.sessions[message.session]
+                            session.predecessors.add(writer)
+                            wire.send(Attached(fresh=session.attach()))
+                        else:
+                            raise ProtocolError("a link asks for a session that is not here")
+                    writer.writelines(wire.take_outgoing())
+                    await writer.drain()
+        except ProtocolError as error:
+            logger.warning("closed a link from %s: %s", peer_id, error)
+        except _TASK_FAILURES:
+            logger.info("the link from %s broke", peer_id)
         finally:
-            self._streams.discard(stream)
+            if session is not None:
+                session.predecessors.discard(writer)
 
     async def drain(self, within_s: float) -> None:
         """Take no new session, ask the present ones to move, and wait until they have, or `within_s` has passed."""
-        self._table.draining = True
-        for stream in list(self._streams):
-            stream.announce_drain(within_s)
+        self.table.draining = True
+        for session in list(self.sessions.values()):
+            session.announce_drain(within_s)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s):
                 await self._no_session.wait()
 
-    def open(self, request: Open) -> HeldSession:
-        """Admit a session. Raises RemoteError: why not."""
-        session = self._table.open(request)
+    def opened(self, token: str, session: SessionStream) -> None:
+        """A session has begun."""
+        self.sessions[token] = session
         self._no_session.clear()
-        return session
 
-    def close(self, session: HeldSession) -> None:
-        """Free a session."""
-        self._table.close(session)
-        if not len(self._table):
+    def closed(self, token: str) -> None:
+        """A session is over."""
+        del self.sessions[token]
+        if not self.sessions:
             self._no_session.set()
 
-    async def run(self, session: HeldSession, request: StepRequested) -> tuple[torch.Tensor, float, float]:
-        """Compute a step. Returns (hidden states, seconds waited, seconds computed).
+    async def run(self, held: HeldSession, work: Work, *, can_wait: bool) -> tuple[torch.Tensor, Timed]:
+        """Compute.
 
         Raises:
             RemoteError: to be sent to the client.
         """
-        self._table.grow(session, request)
+        self.table.grow(held, work)
         try:
-            output, timed = await self._compute.run(lambda: session.run(request))
+            output, timed = await self.compute.run(lambda: held.run(work), can_wait=can_wait)
         except CannotRollBack:
             raise
         except (RuntimeError, ValueError, IndexError, MemoryError) as error:
             # One session's failure (out of memory above all) must not end the others'.
             logger.exception("a step failed")
-            raise ServerFault(
-                f"the computation failed: {str(error).splitlines()[0] if str(error) else error!r}"
-            ) from error
+            reason = str(error).splitlines()[0] if str(error) else repr(error)
+            raise ServerFault(f"the computation failed: {reason}") from error
         self.steps += 1
-        return output, timed.queue_s, timed.compute_s
-
-    @property
-    def dtype(self) -> str:
-        """The precision of hidden states on the wire."""
-        return dtype_name(self._dtype)
-
-    @property
-    def idle_timeout_s(self) -> float:
-        return self._idle_timeout_s
+        return output, timed
 
 
-class _Stream:
-    """One stream and the session on it."""
+class SessionStream:
+    """One client's stream, the session on it, and the links that it keeps."""
 
-    def __init__(self, server: StreamServer, machine: ServerSession, writer: asyncio.StreamWriter) -> None:
-        self._server, self._machine, self._writer = server, machine, writer
-        self._session: HeldSession | None = None
-        self._running: asyncio.Task[None] | None = None
-        self._ended = False
+    def __init__(self, server: StreamServer, writer: asyncio.StreamWriter) -> None:
+        self._server, self._writer = server, writer
+        self._wire = Wire()
+        self._session: ServedSession | None = None
+        self._held: HeldSession | None = None
+        self._token = ""
+        self._links: dict[int, tuple[OutgoingLink, asyncio.Task[None]]] = {}
+        self._tasks: asyncio.TaskGroup | None = None
+        self._computing: asyncio.Task[None] | None = None
+        self._ended = asyncio.Event()
+        self.predecessors: set[asyncio.StreamWriter] = set()
+        """Link streams that lead here."""
 
     async def serve(self, reader: asyncio.StreamReader) -> None:
+        """Until the session ends."""
         try:
-            async with asyncio.TaskGroup() as tasks:
-                await self._read(reader, tasks)
-                if self._running is not None:
-                    self._running.cancel()  # nobody waits for its result any more
+            async with asyncio.TaskGroup() as self._tasks:
+                tasks = self._tasks
+                reading = tasks.create_task(self._read(reader))
+                await self._ended.wait()
+                await self._flush()
+                reading.cancel()
+                if self._computing is not None:
+                    self._computing.cancel()  # nobody waits for its result any more
+                for _, task in self._links.values():
+                    task.cancel()
         finally:
-            if self._session is not None:
-                self._server.close(self._session)
+            for writer in self.predecessors:
+                writer.close()
+            if self._held is not None:
+                self._server.closed(self._token)
+                self._server.table.close(self._held)
 
-    async def _read(self, reader: asyncio.StreamReader, tasks: asyncio.TaskGroup) -> None:
-        while not self._ended:
+    def attach(self) -> bool:
+        """A predecessor has come; returns whether it must send the session's state first."""
+        assert self._session is not None
+        return self._session.attach()
+
+    def from_predecessor(self, message: Message, tensors: dict[str, torch.Tensor]) -> None:
+        """Take a message from a link stream.
+
+        Raises:
+            ProtocolError: close that stream.
+        """
+        if self._session is not None and not self._ended.is_set():
+            self._act(self._session.from_predecessor(message, tensors))
+
+    def announce_drain(self, within_s: float) -> None:
+        """Ask the client to move."""
+        self._act([ToClient(Drain(within_s=within_s))])
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        self._writer.writelines(self._wire.take_outgoing())
+        while not self._ended.is_set():
             async with asyncio.timeout(self._server.idle_timeout_s):
                 data = await reader.read(_READ_BYTES)
             if not data:
+                self._ended.set()
                 return
-            for event in self._machine.receive_data(data):
-                match event:
-                    case OpenRequested(request):
-                        self._open(request)
-                    case StepRequested():
-                        self._running = tasks.create_task(self._step(event))
-                    case SessionEnded():
-                        self._ended = True
-            await self._flush()
+            try:
+                for message, tensors in self._wire.receive(data):
+                    if not self._ended.is_set():
+                        self._handle(message, tensors)
+            finally:
+                await self._flush()
 
-    def announce_drain(self, within_s: float) -> None:
-        self._machine.announce_drain(within_s)
-        self._writer.writelines(self._machine.take_outgoing())
+    def _handle(self, message: Message, tensors: dict[str, torch.Tensor]) -> None:
+        if self._session is not None:
+            self._act(self._session.from_client(message, tensors))
+        elif isinstance(message, Open):
+            self._open(message)
+        else:
+            raise ProtocolError(f"unexpected message {message.type!r} before a session was opened")
 
     def _open(self, request: Open) -> None:
+        server = self._server
+        if request.session in server.sessions:
+            raise ProtocolError("a session with this token is open already")
         try:
-            self._session = self._server.open(request)
+            self._held = server.table.open(request)
         except RemoteError as error:
-            self._machine.refuse(error, _RETRY_AFTER_S if isinstance(error, CacheFull) else None)
-            self._ended = True
-        else:
-            self._machine.accept(self._server.dtype)
+            retry_after_s = _RETRY_AFTER_S if isinstance(error, CacheFull) else None
+            self._wire.send(Refusal(code=error.code, reason=str(error)[:2000], retry_after_s=retry_after_s))
+            self._ended.set()
+            return
+        self._token = request.session
+        server.opened(request.session, self)
+        self._session = ServedSession(request, server.hidden_size)
+        self._wire.send(Opened(dtype=server.dtype))
 
-    async def _step(self, request: StepRequested) -> None:
-        assert self._session is not None
+    def _act(self, actions: list[Action]) -> None:
+        assert self._session is not None and self._tasks is not None
+        for action in actions:
+            match action:
+                case Compute(work):
+                    self._computing = self._tasks.create_task(self._compute(work))
+                case ToClient(message, tensors):
+                    self._wire.send(message, tensors)
+                case ToSuccessor(link, message, tensors):
+                    if link in self._links:
+                        self._links[link][0].send(message, tensors)
+                case Dial(link):
+                    self._dial(link.link, OutgoingLink(self._server.node, link))
+                case HangUp(number):
+                    if number in self._links:
+                        self._links.pop(number)[1].cancel()
+                case End():
+                    self._ended.set()
+        with contextlib.suppress(OSError):  # the reader notices
+            self._writer.writelines(self._wire.take_outgoing())
+        if self._writer.transport.get_write_buffer_size() > _MAX_UNREAD_BYTES:
+            logger.warning("closed a session whose client does not read")
+            self._ended.set()
+
+    async def _compute(self, work: Work) -> None:
+        assert self._session is not None and self._held is not None
         try:
-            output, queue_s, compute_s = await self._server.run(self._session, request)
+            output, timed = await self._server.run(self._held, work, can_wait=self._session.standby)
         except RemoteError as error:
-            self._machine.refuse(error)
+            actions = self._session.failed(error)
         else:
-            self._machine.send_output(request.step, output, queue_s, compute_s)
-        await self._flush()
+            for number, (link, _) in self._links.items():
+                self._session.link_measured(number, link.one_way_s)
+            actions = self._session.computed(output, timed.queue_s, timed.compute_s)
+        if not self._ended.is_set():
+            self._act(actions)
+            await self._flush()
+
+    def _dial(self, number: int, link: OutgoingLink) -> None:
+        assert self._tasks is not None
+        self._links[number] = (link, self._tasks.create_task(self._keep_link(number, link)))
+
+    async def _keep_link(self, number: int, link: OutgoingLink) -> None:
+        assert self._session is not None
+        session = self._session
+        try:
+            await link.run(lambda fresh: self._act(session.link_opened(number, fresh)))
+        except PeerError as error:
+            logger.info("lost a link: %s", error)
+            if self._links.pop(number, None) is not None and not self._ended.is_set():
+                self._act(session.link_lost(number, str(error)))
 
     async def _flush(self) -> None:
-        self._writer.writelines(self._machine.take_outgoing())
+        self._writer.writelines(self._wire.take_outgoing())
         async with asyncio.timeout(_WRITE_TIMEOUT_S):
             await self._writer.drain()
+
+
+def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import logging
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 
 def swarm_home() -> Path:
@@ -14,19 +19,17 @@ def swarm_home() -> Path:
 
 
 def cache_directory(name: str) -> Path:
-    """A directory of its own for one kind of file, made if need be."""
-    directory = swarm_home() / name
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory
+    """A directory of its own for one kind of file; it is made when something is written to it."""
+    return swarm_home() / name
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a whole file or none; readers never see half of it. A full disk is not an error: it is only a cache."""
+    """Write a whole file or none; readers never see half of it. A full disk is a warning: it is only a cache."""
     _write_then_rename(path, lambda temporary: temporary.write_text(text))
 
 
 def fill_directory_atomically(path: Path, fill: Callable[[Path], object]) -> None:
-    """Let `fill` write into a directory that appears as `path` when it is complete. A full disk is not an error."""
+    """Let `fill` write into a directory that appears as `path` when it is complete. A full disk is a warning."""
     _write_then_rename(path, fill)
 
 
@@ -36,6 +39,13 @@ def _write_then_rename(path: Path, write: Callable[[Path], object]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         temporary.replace(path)
-    except OSError:  # also when another process was faster and its directory is already there
+    except Exception as error:
+        # The tokenizers library raises a bare Exception for a full disk.
+        if not isinstance(error, OSError) and type(error) is not Exception:
+            raise
+        if getattr(error, "errno", None) not in (errno.EEXIST, errno.ENOTEMPTY):  # another process was faster
+            logger.warning("%s could not be kept, and will be computed again next time: %s", path, error)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +28,25 @@ def swarm_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("SWARM_HOME", str(tmp_path_factory.mktemp("swarm-home")))
         torch.set_num_threads(1)
         yield
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system without a byte left. Files can be removed to make room."""
+    disk = tmp_path / "full-disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        with pytest.raises(OSError, match="No space left"), (disk / "filling").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 @dataclass(frozen=True)

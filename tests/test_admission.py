@@ -16,7 +16,7 @@ from tiny_models import save_tiny_model
 from swarm.errors import BlocksNotHosted, CacheFull, CannotRollBack, Draining, WrongModel
 from swarm.models import Span, load_span, open_checkpoint
 from swarm.protocol.messages import Open, Step
-from swarm.protocol.sessions import StepRequested
+from swarm.protocol.served_session import Work
 from swarm.server.sessions import HeldSession, SessionTable
 
 MODEL = "ab" * 32
@@ -39,12 +39,12 @@ def sliding_span(tmp_path_factory: pytest.TempPathFactory) -> Span:
     return load("mistral", tmp_path_factory.mktemp("mistral"))
 
 
-def table_for(span: Span, kv_tokens: int = 100, max_sessions: int = 8) -> SessionTable:
-    return SessionTable(span, MODEL, kv_tokens, max_sessions)
+def table_for(span: Span, kv_tokens: int = 100, max_sessions: int = 8, kept_blocks: int = 0) -> SessionTable:
+    return SessionTable(span, MODEL, kv_tokens, max_sessions, kept_blocks=kept_blocks)
 
 
 def request(batch: int = 1, max_length: int = 10, start: int = START, end: int = END, model: str = MODEL) -> Open:
-    return Open(model=model, start=start, end=end, batch=batch, max_length=max_length)
+    return Open(session="0" * 32, model=model, start=start, end=end, batch=batch, max_length=max_length)
 
 
 def step(
@@ -54,9 +54,11 @@ def step(
     reorder: Sequence[int] | None = None,
     mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
-) -> StepRequested:
+) -> Work:
     rows = None if reorder is None else list(reorder)
-    return StepRequested(Step(sequence=0, position=position, reorder=rows, tensors=[]), states, position_ids, mask)
+    return Work(
+        position, rows, states, position_ids, mask, Step(sequence=1, position=position, reorder=rows, tensors=[])
+    )
 
 
 def states(batch: int, count: int, seed: int = 0) -> torch.Tensor:
@@ -80,6 +82,28 @@ def test_a_session_on_part_of_the_span_takes_part_of_the_room(span: Span) -> Non
     session = table.open(request(max_length=90, start=2, end=3))
     assert table.free_tokens == 70
     assert (session.span.start, session.span.end) == (2, 3)
+
+
+def test_what_is_kept_of_a_position_costs_every_session_the_same_on_however_few_blocks(span: Span) -> None:
+    table = table_for(span, kept_blocks=2)  # 100 positions of 3 + 2
+    assert table.free_tokens == 100
+    part = table.open(request(max_length=50, start=2, end=3))  # of 1 + 2
+    assert table.free_tokens == 70
+    whole = table.open(request(batch=2, max_length=35))
+    assert table.free_tokens == 0
+    table.close(part)
+    with pytest.raises(CacheFull, match=r"1 × 51 positions .* the 50 that are free on this server \(of 166\)"):
+        table.open(request(max_length=51, start=2, end=3))
+    table.close(whole)
+    assert table.free_tokens == 100
+
+
+def test_a_session_that_grows_pays_for_what_is_kept_too(span: Span) -> None:
+    table = table_for(span, kept_blocks=3)
+    session = table.open(request(max_length=10, start=1, end=2))
+    assert table.free_tokens == 100 - 10 * 4 // 6 - 1
+    table.grow(session, step(states(3, 10), 10, reorder=[0, 0, 0]))
+    assert table.free_tokens == 100 - 3 * 20 * 4 // 6
 
 
 def test_other_weights_are_refused_and_both_are_named(span: Span) -> None:
@@ -176,10 +200,11 @@ class AnyTraffic(RuleBasedStateMachine):
 
     span: Span
 
-    @initialize(kv_tokens=st.integers(1, 60), max_sessions=st.integers(1, 4))
-    def begin(self, kv_tokens: int, max_sessions: int) -> None:
-        self.kv_tokens, self.max_sessions = kv_tokens, max_sessions
-        self.table = SessionTable(self.span, MODEL, kv_tokens, max_sessions)
+    @initialize(kv_tokens=st.integers(1, 60), max_sessions=st.integers(1, 4), kept_blocks=st.integers(0, 3))
+    def begin(self, kv_tokens: int, max_sessions: int, kept_blocks: int) -> None:
+        self.budget, self.kept = kv_tokens * (END - START + kept_blocks), kept_blocks
+        self.max_sessions = max_sessions
+        self.table = SessionTable(self.span, MODEL, kv_tokens, max_sessions, kept_blocks)
         self.sessions: list[HeldSession] = []
 
     @rule(batch=st.integers(1, 3), length=st.integers(1, 30), start=st.integers(1, 3), count=st.integers(1, 3))
@@ -204,9 +229,11 @@ class AnyTraffic(RuleBasedStateMachine):
 
     @invariant()
     def never_more_is_promised_than_there_is(self) -> None:
-        promised = sum(one.batch * one.reserved_positions * (one.span.end - one.span.start) for one in self.sessions)
-        assert promised <= self.kv_tokens * (END - START)
-        assert self.table.free_tokens == (self.kv_tokens * (END - START) - promised) // (END - START)
+        promised = sum(
+            one.batch * one.reserved_positions * (one.span.end - one.span.start + self.kept) for one in self.sessions
+        )
+        assert promised <= self.budget
+        assert self.table.free_tokens == (self.budget - promised) // (END - START + self.kept)
         assert len(self.table) == len(self.sessions) <= self.max_sessions
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SmolLM2
+from gguf import GGUFWriter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_model
@@ -17,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from swarm.errors import CheckpointNotFound, CorruptCheckpoint, ModelError, UnsupportedFamily
 from swarm.models import load_shell, load_span, open_checkpoint
 from swarm.models.checkpoint import block_of
-from swarm.models.digests import MANIFEST
+from swarm.models.digests import MANIFEST, Digests
+from swarm.models.local import load_whole_model
 
 
 @pytest.fixture
@@ -147,6 +149,29 @@ def test_a_damaged_manifest_is_named(directory: Path) -> None:
             load_span(open_checkpoint(directory), 0, 1, dtype=torch.float32)
 
 
+@pytest.mark.parametrize("listed", [0, 3, 5])
+def test_a_manifest_of_another_number_of_blocks_is_refused(listed: int, directory: Path) -> None:
+    digests = open_checkpoint(directory).digests
+    blocks = (*digests.blocks, digests.shell)[:listed]
+    (directory / MANIFEST).write_text(Digests(digests.shell, blocks).to_json())
+    for block in (0, None):
+        with pytest.raises(CorruptCheckpoint, match=rf"digests\.json lists {listed} blocks, and the model has 4"):
+            open_checkpoint(directory).verify(block)
+    with pytest.raises(CorruptCheckpoint, match="another model"):
+        _ = open_checkpoint(directory).model_digest
+    (directory / MANIFEST).unlink()
+    open_checkpoint(directory).verify(0)
+
+
+def test_digests_remembered_for_another_number_of_blocks_are_computed_anew(directory: Path) -> None:
+    """The configuration may change while the weights, for which digests are remembered, do not."""
+    before = open_checkpoint(directory).digests
+    change_config(directory, num_hidden_layers=3)
+    after = open_checkpoint(directory)
+    assert after.digests.blocks == before.blocks[:3]
+    after.verify(2)
+
+
 def test_a_tensor_of_the_wrong_shape_is_refused(directory: Path) -> None:
     weights = load_file(directory / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(5, 64)
@@ -230,10 +255,41 @@ def test_names_that_lead_nowhere_say_what_was_tried(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "weights.bin")
 
 
+def test_no_name_is_not_the_current_directory(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(directory)
+    assert open_checkpoint(".").num_blocks == 4
+    with pytest.raises(CheckpointNotFound, match="name is empty"):
+        open_checkpoint("")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["x" * 300, f"{'x' * 200}/{'y' * 200}", f"{'x' * 300}/y", "/x" * 5000, "~nobody-of-that-name/x", "x/..", "x\0y"],
+    ids=["name", "Hub id", "owner", "path", "home", "no Hub id", "zero byte"],
+)
+def test_a_name_that_cannot_be_one_is_refused_in_a_short_sentence(name: str) -> None:
+    with pytest.raises(CheckpointNotFound, match="There is no model ") as caught:
+        open_checkpoint(name)
+    assert len(str(caught.value)) < 350
+
+
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUFfff" * 10, b"\x80\x04pickled" * 100, bytes(4096)])
 def test_bytes_that_are_not_gguf_are_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(content)
     with pytest.raises(CorruptCheckpoint, match="cannot be read as GGUF"):
+        open_checkpoint(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("architecture", ["baichuan", "llama99"])
+def test_a_gguf_file_of_an_unknown_family_is_refused_by_name(architecture: str, tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "model.gguf", architecture)
+    writer.add_name("tiny")
+    writer.add_tensor("blk.0.attn_q.weight", torch.zeros(4, 4).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedFamily, match=rf"is not supported: .*{architecture}.*Use the model's safetensors"):
         open_checkpoint(tmp_path / "model.gguf")
 
 
@@ -259,7 +315,59 @@ def test_weights_from_a_gguf_file_equal_those_that_transformers_reads(smollm2: S
     assert all(torch.equal(weight, whole[name]) for name, weight in shell.named_parameters())
 
 
+def test_loading_the_whole_model_leaves_the_terminal_alone(
+    directory: Path, smollm2: SmolLM2, capfd: pytest.CaptureFixture[str]
+) -> None:
+    load_whole_model(smollm2.checkpoint)
+    load_whole_model(open_checkpoint(directory))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_recurrent_family_is_refused_with_the_reason(tmp_path: Path) -> None:
     save_tiny_model("mamba", tmp_path)
     with pytest.raises(UnsupportedFamily, match="mamba models are not supported: they keep a recurrent state"):
         open_checkpoint(tmp_path)
+
+
+def test_a_family_that_transformers_does_not_know_is_refused_by_name(directory: Path) -> None:
+    change_config(directory, model_type="llama99", auto_map={"AutoConfig": "configuration_llama99.Config"})
+    with pytest.raises(UnsupportedFamily, match="a 'llama99' model, which is not supported"):
+        open_checkpoint(directory)
+
+
+@pytest.mark.parametrize("family", ["", None, 7, ["llama"]], ids=repr)
+def test_a_configuration_without_a_family_cannot_be_read(family: object, directory: Path) -> None:
+    change_config(directory, model_type=family)
+    with pytest.raises(CorruptCheckpoint, match=r"config\.json cannot be read"):
+        open_checkpoint(directory)
+
+
+def test_what_cannot_be_kept_on_a_full_disk_is_computed_again(
+    directory: Path,
+    smollm2: SmolLM2,
+    full_disk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    digests = open_checkpoint(directory).digests
+    kept = full_disk / "kept"
+    monkeypatch.setenv("SWARM_HOME", str(kept))
+    gguf = open_checkpoint("smollm2")
+    assert gguf.config.to_diff_dict() == smollm2.checkpoint.config.to_diff_dict()
+    assert gguf.tokenizer()("The sea is") == smollm2.tokenizer("The sea is")
+    assert open_checkpoint(directory).digests == digests
+    warnings = [record.getMessage() for record in caplog.records if record.name == "swarm.cache_directory"]
+    assert len(warnings) == 3 and all("No space left" in warning for warning in warnings)
+    assert [path for path in kept.rglob("*") if path.is_file() or path.name.startswith(".")] == []
+    (full_disk / "filling").unlink()
+    assert open_checkpoint(directory).digests == digests
+    assert len(list((kept / "digests").iterdir())) == 1
+
+
+def test_a_home_for_caches_that_cannot_be_made_is_a_warning(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (directory / "a-file").touch()
+    monkeypatch.setenv("SWARM_HOME", str(directory / "a-file" / "home"))
+    assert len(open_checkpoint(directory).digests.blocks) == 4
+    assert "could not be kept" in caplog.text and "Not a directory" in caplog.text

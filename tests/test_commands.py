@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import psutil
 import pytest
 from conftest import SmolLM2
 
@@ -51,6 +58,96 @@ def test_the_demo_kills_a_server_and_the_tokens_stay_the_same(smollm2: SmolLM2) 
     assert 0 < figures["pause_s"] < 10
     assert figures["swarm_tokens_per_s"] > 0 and figures["local_tokens_per_s"] > 0
     assert "identical:  yes" in result.stderr
+
+
+class Interruptible:
+    """``swarm …`` in a session of its own, which can get Ctrl-C as a terminal would send it."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._mark = uuid.uuid4().hex
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "swarm.commands.main", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            bufsize=0,  # nothing that it says is lost between reading it ourselves and communicate()
+            env={**os.environ, "SWARM_TEST_MARK": self._mark},
+            start_new_session=True,
+        )
+        self._said = b""
+
+    @property
+    def said(self) -> str:
+        return self._said.decode()
+
+    def alive(self) -> list[psutil.Process]:
+        """The process and all that descends from it, orphans included: they inherit the mark."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("SWARM_TEST_MARK") == self._mark:
+                    found.append(process)
+        return found
+
+    def wait_until_it_says(self, words: str) -> None:
+        assert self.process.stdout is not None
+        while words.encode() not in self._said:
+            byte = self.process.stdout.read(1)
+            assert byte, f"it ended with code {self.process.wait()}, having said {self.said!r}"
+            self._said += byte
+
+    def wait_until_there_are(self, processes: int) -> None:
+        deadline = time.monotonic() + 60
+        while (alive := len(self.alive())) != processes:
+            assert time.monotonic() < deadline, f"there are {alive} processes"
+            time.sleep(0.05)
+
+    def interrupt(self) -> int:
+        """Ctrl-C; returns the exit code."""
+        os.killpg(self.process.pid, signal.SIGINT)
+        rest, _ = self.process.communicate(timeout=30)
+        self._said += rest
+        return self.process.returncode
+
+    def end(self) -> None:
+        for process in self.alive():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def interruptible() -> Iterator[Callable[..., Interruptible]]:
+    started: list[Interruptible] = []
+
+    def start(*arguments: str) -> Interruptible:
+        started.append(Interruptible(*arguments))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.end()
+
+
+def test_ctrl_c_ends_a_bootstrap_peer_cleanly(interruptible: Callable[..., Interruptible]) -> None:
+    bootstrap = interruptible("bootstrap", "--host", "127.0.0.1")
+    bootstrap.wait_until_it_says("Press Ctrl-C to stop.")
+    bootstrap.wait_until_there_are(2)  # it and its p2pd
+    assert bootstrap.interrupt() == 0
+    assert bootstrap.said.endswith("Press Ctrl-C to stop.\nLeft the swarm.\n")
+    bootstrap.wait_until_there_are(0)
+
+
+@pytest.mark.parametrize("moment", ["servers start", "the answer begins"])
+def test_ctrl_c_ends_the_demo_cleanly(moment: str, interruptible: Callable[..., Interruptible]) -> None:
+    demo = interruptible("demo", "--max-new-tokens", "400")
+    if moment == "servers start":
+        demo.wait_until_it_says("Starting servers")
+        demo.wait_until_there_are(7)  # the demo, the bootstrap peer and its p2pd, four servers
+    else:
+        demo.wait_until_it_says("Answer, through the swarm: ")
+    assert demo.interrupt() == 130
+    assert demo.said.endswith("interrupted\n") and "Traceback" not in demo.said
+    demo.wait_until_there_are(0)
 
 
 def test_generate_prints_the_local_models_text(serving: LocalSwarm, smollm2: SmolLM2) -> None:

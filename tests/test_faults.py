@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,31 @@ from conftest import QUESTION, SmolLM2
 from tiny_models import save_tiny_model
 
 from swarm.client import ClientSettings, Network
-from swarm.client.hop import Hop
 from swarm.commands.local_swarm import LocalPeer, LocalSwarm
-from swarm.dht import Announcement, State
-from swarm.errors import BlocksNotHosted, BootstrapFailed, CacheFull, NoRoute, WrongModel
+from swarm.dht import Announcement
+from swarm.errors import BootstrapFailed, NoRoute, PeerUnreachable, SwarmError
 from swarm.models import open_checkpoint
 from swarm.protocol.frames import MAX_PAYLOAD_BYTES, encode_frame
-from swarm.protocol.messages import STREAM_PROTOCOL, Hello, encode_message
-from swarm.routing import Leg
+from swarm.protocol.messages import (
+    LINK_PROTOCOL,
+    PROTOCOL_VERSION,
+    STREAM_PROTOCOL,
+    Attach,
+    Close,
+    Hello,
+    Link,
+    Linked,
+    LinkLost,
+    Message,
+    Open,
+    Opened,
+    Output,
+    Refusal,
+    Step,
+    encode_message,
+)
 from swarm.transport.node import Node
+from swarm.transport.watched_stream import WatchedStream
 
 TINY_TOKENS = 256
 
@@ -61,12 +79,60 @@ async def announcement(swarm: LocalSwarm, model: str) -> Announcement:
         await network.leave()
 
 
-async def converse(swarm: LocalSwarm, server: LocalPeer, *writes: list[Any]) -> bytes:
-    """Send raw bytes to a server on a session stream; return all it answers until it hangs up."""
+class Opener:
+    """A client without a swarm: one session stream, on which anything can be said."""
+
+    def __init__(self, node: Node, server: LocalPeer, model: str, **fields: Any) -> None:
+        request = {"start": 0, "end": 4, "batch": 1, "max_length": 8, "session": secrets.token_hex(16), **fields}
+        self.request = Open(model=model, **request)
+        self.stream = WatchedStream(node, server.peer_id, server.addresses, STREAM_PROTOCOL)
+        self._heard: asyncio.Queue[tuple[Message, dict[str, torch.Tensor]]] = asyncio.Queue()
+        self._task = asyncio.create_task(self.stream.run(lambda *heard: self._heard.put_nowait(heard)))
+        self.stream.send(self.request)
+
+    async def hear(self) -> tuple[Message, dict[str, torch.Tensor]]:
+        """The next thing that the server says."""
+        async with asyncio.timeout(15):
+            return await self._heard.get()
+
+    async def open(self) -> Opener:
+        """Wait until there is room."""
+        message, _ = await self.hear()
+        assert isinstance(message, Opened), message
+        return self
+
+    async def hung_up(self) -> bool:
+        """Wait until the server ends it."""
+        async with asyncio.timeout(15):
+            return isinstance((await asyncio.gather(self._task, return_exceptions=True))[0], PeerUnreachable)
+
+    async def close(self) -> None:
+        """Leave, if the server has not ended it."""
+        self.stream.send(Close())
+        await self.vanish()
+
+    async def vanish(self) -> None:
+        """Leave without a word."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def stranger() -> AsyncIterator[Node]:
+    """A node that belongs to nobody's swarm."""
+    node = await Node.start(client_only=True)
+    try:
+        yield node
+    finally:
+        await node.stop()
+
+
+async def converse(swarm: LocalSwarm, server: LocalPeer, *writes: list[Any], protocol: str = STREAM_PROTOCOL) -> bytes:
+    """Send raw bytes to a server on a stream; return all it answers until it hangs up."""
     node = await Node.start(client_only=True)
     try:
         await node.connect(server.peer_id, server.addresses)
-        reader, writer = await node.open_stream(server.peer_id, STREAM_PROTOCOL)
+        reader, writer = await node.open_stream(server.peer_id, protocol)
         for buffers in writes:
             writer.writelines(buffers)
         async with asyncio.timeout(10):
@@ -82,7 +148,9 @@ def still_serves(model: Any) -> bool:
     return bool(model.generate(ids, do_sample=False, max_new_tokens=3, min_new_tokens=3).shape == (1, 6))
 
 
-HELLO = encode_message(Hello(version=1, agent="test"))
+HELLO = encode_message(Hello(version=PROTOCOL_VERSION, agent="test"))
+TOKEN = "0" * 32
+STEP = encode_message(Step(sequence=1, position=0, tensors=[]), {"hidden_states": torch.zeros(1, 1, 64)})
 
 
 @pytest.mark.parametrize(
@@ -91,11 +159,27 @@ HELLO = encode_message(Hello(version=1, agent="test"))
         [b"GET / HTTP/1.1\r\nHost: example.org\r\n\r\n" * 4],
         [b"SWRM" + (12).to_bytes(4, "big") + (MAX_PAYLOAD_BYTES + 1).to_bytes(4, "big")],
         HELLO + encode_frame({"type": "format the disk"}),
-        HELLO + encode_frame({"type": "open", "model": "x" * 64, "start": 3, "end": 2, "batch": -1, "max_length": 1}),
+        HELLO
+        + encode_frame(
+            {"type": "open", "session": TOKEN, "model": "x" * 64, "start": 3, "end": 2, "batch": -1, "max_length": 1}
+        ),
+        HELLO + STEP,
+        STEP,
+        encode_message(Hello(version=PROTOCOL_VERSION - 1, agent="test")),
         encode_message(Hello(version=99, agent="test")),
         HELLO + HELLO,
     ],
-    ids=["not our protocol", "frame over the limit", "unknown message", "impossible open", "version 99", "hello twice"],
+    ids=[
+        "not our protocol",
+        "frame over the limit",
+        "unknown message",
+        "impossible open",
+        "step before open",
+        "step before hello",
+        "the last version",
+        "version 99",
+        "hello twice",
+    ],
 )
 async def test_a_broken_stream_is_closed_and_nobody_else_notices(
     bytes_: list[bytes], swarm: LocalSwarm, server: LocalPeer, model: Any
@@ -106,23 +190,139 @@ async def test_a_broken_stream_is_closed_and_nobody_else_notices(
     assert await asyncio.to_thread(still_serves, model)
 
 
-async def test_a_server_refuses_another_model_and_blocks_that_it_does_not_host(
+async def test_a_server_refuses_another_model_and_blocks_that_it_does_not_host(server: LocalPeer, tiny: str) -> None:
+    model = open_checkpoint(tiny).model_digest
+    async with stranger() as node:
+        for fields, code, words in [
+            ({"model": "0" * 64}, "wrong_model", "different weights"),
+            ({"start": 2, "end": 9}, "blocks_not_hosted", "hosts blocks [0, 4), not [2, 9)"),
+            ({"start": 2, "end": 2}, "blocks_not_hosted", "not [2, 2)"),
+            ({"max_length": 10_000}, "cache_full", "positions of KV cache"),
+        ]:
+            session = Opener(node, server, **{"model": model, **fields})
+            message, _ = await session.hear()
+            assert isinstance(message, Refusal) and message.code == code and words in message.reason
+            assert (message.retry_after_s is not None) == (code == "cache_full")
+            assert await session.hung_up()
+
+
+async def test_a_token_that_is_taken_opens_no_second_session(server: LocalPeer, tiny: str) -> None:
+    model = open_checkpoint(tiny).model_digest
+    async with stranger() as node:
+        first = await Opener(node, server, model).open()
+        second = Opener(node, server, model, session=first.request.session)
+        assert await second.hung_up()
+        first.stream.send(Step(sequence=1, position=0, tensors=[]), {"hidden_states": torch.zeros(1, 1, 64)})
+        assert isinstance((await first.hear())[0], Output)
+        await first.close()
+
+
+@pytest.mark.parametrize(
+    "bytes_",
+    [
+        HELLO + encode_message(Attach(session="f" * 32)),
+        HELLO + STEP,
+        HELLO + encode_message(Attach(session="f" * 32)) + STEP,
+        HELLO + encode_frame({"type": "attach", "session": "../../etc/passwd"}),
+        encode_message(Attach(session="f" * 32)),
+        [b"GET / HTTP/1.1\r\nHost: example.org\r\n\r\n" * 4],
+    ],
+    ids=["wrong token", "no token", "wrong token and step", "no token at all", "no hello", "not our protocol"],
+)
+async def test_a_link_of_a_stranger_is_closed_and_the_session_goes_on(
+    bytes_: list[Any], swarm: LocalSwarm, server: LocalPeer, tiny: str
+) -> None:
+    async with stranger() as node:
+        session = await Opener(node, server, open_checkpoint(tiny).model_digest).open()
+        session.stream.send(Step(sequence=1, position=0, tensors=[]), {"hidden_states": torch.ones(1, 1, 64)})
+        assert isinstance((await session.hear())[0], Output)
+        assert len(await converse(swarm, server, bytes_, protocol=LINK_PROTOCOL)) < 200
+        session.stream.send(Step(sequence=2, position=1, tensors=[]), {"hidden_states": torch.ones(1, 1, 64)})
+        message, _ = await session.hear()
+        assert isinstance(message, Output) and message.sequence == 2
+        await session.close()
+
+
+async def test_a_predecessor_that_attaches_twice_or_talks_nonsense_loses_its_link_only(
     swarm: LocalSwarm, server: LocalPeer, tiny: str
 ) -> None:
-    record = await announcement(swarm, tiny)
-    node = await Node.start(client_only=True)
-    request = {"batch": 1, "max_length": 8, "settings": ClientSettings()}
-    try:
-        with pytest.raises(WrongModel, match="different weights"):
-            await Hop.open(node, record, Leg(server.peer_id, 0, 4), model="0" * 64, **request)
-        with pytest.raises(BlocksNotHosted, match=r"hosts blocks \[0, 4\), not \[2, 9\)"):
-            await Hop.open(node, record, Leg(server.peer_id, 2, 9), model=record.model, **request)
-        with pytest.raises(CacheFull, match="positions of KV cache"):
-            await Hop.open(
-                node, record, Leg(server.peer_id, 0, 4), model=record.model, **{**request, "max_length": 10_000}
-            )
-    finally:
-        await node.stop()
+    async with stranger() as node:
+        session = await Opener(node, server, open_checkpoint(tiny).model_digest).open()
+        attach = encode_message(Attach(session=session.request.session))
+        for bytes_ in [HELLO + attach + attach, HELLO + attach + encode_message(Close())]:
+            assert len(await converse(swarm, server, bytes_, protocol=LINK_PROTOCOL)) < 300
+        session.stream.send(Step(sequence=1, position=0, tensors=[]), {"hidden_states": torch.ones(1, 1, 64)})
+        assert isinstance((await session.hear())[0], Output)
+        await session.close()
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        Link(link=1, peer_id="not a peer id 0OIl", session=TOKEN),
+        Link(link=1, peer_id="é", session=TOKEN),
+        Link(link=1, peer_id="", session=TOKEN),
+        Link(link=1, peer_id="Q" * 128, session=TOKEN),
+        Link(link=1, peer_id="12D3KooWRE8mzAbLiPHb17uqHkoab9NUSjfeswJvYjvTuAVikvKg", session=TOKEN),
+        Link(link=1, peer_id="12D3KooWRE8mzAbLiPHb17uqHkoab9NUSjfeswJvYjvTuAVikvKg", session=TOKEN,
+             addresses=["/ip4/127.0.0.1/tcp/9", "", "/", "\x00", "/unix/etc", "/ip4/999.1.1.1/tcp/-1", "x" * 256]),
+    ],
+    ids=["no peer id", "not ASCII", "empty", "long", "nobody", "garbage addresses"],
+)  # fmt: skip
+async def test_a_link_to_nowhere_is_said_and_the_session_goes_on(link: Link, server: LocalPeer, tiny: str) -> None:
+    async with stranger() as node:
+        session = await Opener(node, server, open_checkpoint(tiny).model_digest).open()
+        session.stream.send(link)
+        message, _ = await session.hear()
+        assert isinstance(message, LinkLost) and message.link == 1 and message.reason.isprintable()
+        session.stream.send(Link(link=2))
+        assert (await session.hear())[0] == Linked(link=2)
+        session.stream.send(Step(sequence=1, position=0, tensors=[]), {"hidden_states": torch.ones(1, 1, 64)})
+        assert isinstance((await session.hear())[0], Output)
+        await session.close()
+
+
+async def test_a_link_to_oneself_or_to_a_token_that_is_not_there_is_lost(server: LocalPeer, tiny: str) -> None:
+    async with stranger() as node:
+        session = await Opener(node, server, open_checkpoint(tiny).model_digest).open()
+        for number, token in enumerate([session.request.session, "f" * 32], start=1):
+            link = Link(link=number, peer_id=server.peer_id, addresses=server.addresses[:8], session=token)
+            session.stream.send(link)
+            message, _ = await session.hear()
+            assert isinstance(message, LinkLost) and message.link == number
+        await session.close()
+
+
+async def test_a_server_whose_client_vanishes_frees_its_links_as_well(swarm: LocalSwarm, tmp_path: Path) -> None:
+    save_tiny_model("qwen3", tmp_path)
+    model = open_checkpoint(str(tmp_path)).model_digest
+    servers = [swarm.start_server(str(tmp_path), "--blocks", blocks, wait=False) for blocks in ("0:2", "2:4")]
+    for server in servers:
+        await asyncio.to_thread(server.wait_until_ready)
+    async with stranger() as node:
+        last = await Opener(node, servers[1], model, start=2, end=4).open()
+        idle = [open_sockets(server) for server in servers]
+        first = await Opener(node, servers[0], model, start=0, end=2).open()
+        token, addresses = last.request.session, servers[1].addresses[:8]
+        first.stream.send(Link(link=1, peer_id=servers[1].peer_id, addresses=addresses, session=token))
+        assert (await first.hear())[0] == Linked(link=1)
+        first.stream.send(Step(sequence=1, position=0, tensors=[]), {"hidden_states": torch.ones(1, 1, 64)})
+        message, _ = await last.hear()
+        assert isinstance(message, Output) and [(hop.start, hop.end) for hop in message.hops] == [(0, 2), (2, 4)]
+        assert [open_sockets(server) for server in servers] == [idle[0] + 2, idle[1] + 1]
+        await first.vanish()
+        async with asyncio.timeout(10):
+            while [open_sockets(server) for server in servers] != idle:  # noqa: ASYNC110 - other processes' events
+                await asyncio.sleep(0.1)
+        last.stream.send(Step(sequence=2, position=1, tensors=[]), {"hidden_states": torch.ones(1, 1, 64)})
+        assert isinstance((await last.hear())[0], Output)  # its own session lives on
+        await last.close()
+
+
+def open_sockets(peer: LocalPeer) -> int:
+    """Of the server's process: each of its streams is one, to its p2pd."""
+    descriptors = Path(f"/proc/{peer.process.pid}/fd")
+    return sum(1 for one in descriptors.iterdir() if os.readlink(one).startswith("socket:"))  # noqa: PTH115
 
 
 def test_a_session_that_does_not_fit_says_so_within_the_deadline(model: Any) -> None:
@@ -231,6 +431,25 @@ def test_the_server_command_explains_what_is_wrong(tiny: str, swarm: LocalSwarm)
     assert "is not a span" in run_server(tiny, "--blocks", "3:1").stderr
 
 
+def test_a_peer_that_does_not_become_ready_is_given_up_with_its_last_words(
+    swarm: LocalSwarm, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    directory = tmp_path_factory.mktemp("slow")
+    save_tiny_model("llama", directory)
+    peer = swarm.start_server(str(directory), wait=False)
+    peer.signal(signal.SIGSTOP)
+    with pytest.raises(SwarmError, match=rf"{peer.name} was not ready within 0\.5 s; it printed nothing"):
+        peer.wait_until_ready(timeout_s=0.5)
+    peer.signal(signal.SIGCONT)
+    peer.wait_until_ready()
+    assert peer.addresses
+    with pytest.raises(SwarmError, match=r"(?s)was not ready within 0\.5 s; it printed last:.*Press Ctrl-C to leave"):
+        peer.wait_until_ready(timeout_s=0.5)
+    peer.signal(signal.SIGTERM)
+    with pytest.raises(SwarmError, match=r"(?s)ended with code 0 instead of becoming ready.*Left the swarm"):
+        peer.wait_until_ready()
+
+
 def test_the_second_interrupt_stops_at_once(swarm: LocalSwarm, tiny: str) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "swarm.commands.server", tiny, "--host", "127.0.0.1", "--drain-timeout", "60", "--json"],
@@ -240,25 +459,11 @@ def test_the_second_interrupt_stops_at_once(swarm: LocalSwarm, tiny: str) -> Non
     )
     assert process.stdout is not None
     ready = next(event for event in map(json.loads, process.stdout) if event["event"] == "ready")
+    peer = LocalPeer("server", process, Path(os.devnull), ready)
 
     async def hold_a_session_and_interrupt_twice() -> int:
         node = await Node.start(client_only=True)
-        record = Announcement(
-            peer_id=ready["peer_id"],
-            model=open_checkpoint(tiny).model_digest,
-            state=State.ONLINE,
-            num_blocks=4,
-            start=0,
-            end=4,
-            dtype="float32",
-            throughput=1,
-            free_kv_tokens=1,
-            version="",
-            issued_at=0,
-            addresses=ready["addresses"],
-        )
-        leg, settings = Leg(record.peer_id, 0, 4), ClientSettings()
-        await Hop.open(node, record, leg, model=record.model, batch=1, max_length=8, settings=settings)
+        await Opener(node, peer, open_checkpoint(tiny).model_digest).open()
         os.killpg(process.pid, signal.SIGINT)
         await asyncio.sleep(0.5)
         assert process.poll() is None  # it waits for the session

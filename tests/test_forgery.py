@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgpack
 import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from swarm.dht import LEASE_S, Announcement, Directory, State
 from swarm.dht.announcement import MAX_RECORD_BYTES, directory_key
 from swarm.dht.validation import AnnouncementValidator
-from swarm.transport.identity import Identity
-from swarm.transport.lean_hivemind import DHTID, DHTNode, DHTRecord
+from swarm.transport.identity import Identity, verify
+from swarm.transport.lean_hivemind import DHTID, DHTNode, DHTRecord, PeerID, crypto_pb2
 from swarm.transport.node import Node
 
 LOOPBACK = ["/ip4/127.0.0.1/tcp/0"]
@@ -77,10 +83,132 @@ def announcement(peer_id: str, **changes: object) -> Announcement:
     return Announcement.model_validate({**fields, **changes})
 
 
-def signed(identity: Identity, subkey: str, value: bytes, expires_at: float, key: bytes | None = None) -> bytes:
+def signed(
+    identity: Identity | ForeignOwner, subkey: str, value: bytes, expires_at: float, key: bytes | None = None
+) -> bytes:
     """`value` as the directory would store it, signed by `identity` (whoever that is)."""
     record = DHTRecord(key or KEY.to_bytes(), msgpack.packb(subkey), msgpack.packb(value), expires_at)
-    return AnnouncementValidator(identity).sign_value(record)
+    return AnnouncementValidator(identity).sign_value(record)  # type: ignore[arg-type]
+
+
+def signed_value(identity: Identity, expires_at: float) -> bytes:
+    """An honest announcement."""
+    return signed(identity, identity.peer_id, announcement(identity.peer_id).pack(), expires_at)
+
+
+@dataclass
+class ForeignOwner:
+    """A peer whose key is of a type that libp2p knows and Swarm does not take."""
+
+    peer_id: str
+    sign: Callable[[bytes], bytes]
+
+    def signed(self, expires_at: float) -> bytes:
+        """A record that is right in everything but the type of its owner's key."""
+        return signed(self, self.peer_id, announcement(self.peer_id).pack(), expires_at)
+
+
+def foreign_owner(type_: str) -> ForeignOwner:
+    """An identity by https://github.com/libp2p/specs/blob/master/peer-ids/peer-ids.md."""
+    if type_ == "RSA":
+        rsa_key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+        public = public_key_message(
+            0, rsa_key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        )
+        peer_id = PeerID(b"\x12\x20" + hashlib.sha256(public).digest())
+        return ForeignOwner(peer_id.to_base58(), lambda data: rsa_key.sign(data, padding.PKCS1v15(), hashes.SHA256()))
+    if type_ == "Ed25519, as a hash":
+        ed25519_key = Ed25519PrivateKey.generate()
+        public = public_key_message(1, ed25519_key.public_key().public_bytes_raw())
+        return ForeignOwner(PeerID(b"\x12\x20" + hashlib.sha256(public).digest()).to_base58(), ed25519_key.sign)
+    number, curve = {"secp256k1": (2, ec.SECP256K1()), "ECDSA": (3, ec.SECP256R1())}[type_]
+    ec_key = ec.generate_private_key(curve)
+    encoding = (
+        (Encoding.X962, PublicFormat.CompressedPoint)
+        if number == 2
+        else (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    )
+    public = public_key_message(number, ec_key.public_key().public_bytes(*encoding))
+    multihash = bytes((0, len(public))) + public if number == 2 else b"\x12\x20" + hashlib.sha256(public).digest()
+    return ForeignOwner(PeerID(multihash).to_base58(), lambda data: ec_key.sign(data, ec.ECDSA(hashes.SHA256())))
+
+
+def public_key_message(type_: int, data: bytes) -> bytes:
+    return crypto_pb2.PublicKey(key_type=type_, data=data).SerializeToString()
+
+
+def record(subkey: str, value: bytes, expires_at: float, key: bytes = KEY.to_bytes()) -> DHTRecord:
+    return DHTRecord(key, msgpack.packb(subkey), value, expires_at)
+
+
+@pytest.fixture
+def validator(tmp_path: Path) -> AnnouncementValidator:
+    return AnnouncementValidator(Identity.load_or_create(tmp_path / "identity.key"))
+
+
+@pytest.mark.parametrize("type_", ["RSA", "secp256k1", "ECDSA", "Ed25519, as a hash"])
+def test_only_ids_that_contain_an_ed25519_key_may_sign(type_: str, validator: AnnouncementValidator) -> None:
+    owner, expires_at = foreign_owner(type_), time.time() + LEASE_S
+    assert not verify(owner.peer_id, b"hello", owner.sign(b"hello"))
+    assert not validator.validate(record(owner.peer_id, owner.signed(expires_at), expires_at))
+
+
+@pytest.mark.parametrize("size", [0, 1, 63, 65, 256])
+def test_a_signature_of_another_length_is_refused(size: int, tmp_path: Path, validator: AnnouncementValidator) -> None:
+    identity, expires_at = Identity.load_or_create(tmp_path / "identity.key"), time.time() + LEASE_S
+    value = msgpack.packb(announcement(identity.peer_id).pack())
+    assert validator.validate(record(identity.peer_id, signed_value(identity, expires_at), expires_at))
+    assert not validator.validate(record(identity.peer_id, msgpack.packb([value, bytes(size)]), expires_at))
+
+
+@pytest.mark.parametrize("peer_id", ["", "1" * 52, "12D3KooW", "0OIl", "Ärger", "z" * 52, "12D3KooW" + "z" * 44])
+def test_ids_that_are_none_are_refused(peer_id: str, tmp_path: Path, validator: AnnouncementValidator) -> None:
+    identity, expires_at = Identity.load_or_create(tmp_path / "identity.key"), time.time() + LEASE_S
+    assert not verify(peer_id, b"hello", identity.sign(b"hello"))
+    value = signed(identity, peer_id, announcement(peer_id).pack(), expires_at)
+    assert not validator.validate(record(peer_id, value, expires_at))
+
+
+def test_an_id_of_a_megabyte_is_refused_without_decoding_it(tmp_path: Path, validator: AnnouncementValidator) -> None:
+    """Decoding base58 takes time that grows with the square of its length: this one would take minutes."""
+    identity, expires_at = Identity.load_or_create(tmp_path / "identity.key"), time.time() + LEASE_S
+    endless = "z" * 1_000_000
+    begun = time.monotonic()
+    assert not verify(endless, b"hello", identity.sign(b"hello"))
+    assert not validator.validate(record(endless, signed_value(identity, expires_at), expires_at))
+    assert time.monotonic() - begun < 5
+
+
+def test_nothing_of_a_record_over_the_limits_is_remembered(tmp_path: Path, validator: AnnouncementValidator) -> None:
+    identity, expires_at = Identity.load_or_create(tmp_path / "identity.key"), time.time() + LEASE_S
+    value, large = signed_value(identity, expires_at), bytes(MAX_RECORD_BYTES + 1)
+    assert not validator.validate(record(identity.peer_id, large, expires_at))
+    assert not validator.validate(record("z" * 1000, value, expires_at))
+    assert not validator.validate(record(identity.peer_id, value, expires_at, key=large))
+    assert not validator._verdicts
+    assert validator.validate(record(identity.peer_id, value, expires_at))
+
+
+@pytest.mark.parametrize(("blocks", "limit_bytes"), [(16, 1024), (80, 2048)])
+def test_an_announcement_is_as_small_as_is_said(blocks: int, limit_bytes: int, tmp_path: Path) -> None:
+    identity, expires_at = Identity.load_or_create(tmp_path / "identity.key"), time.time() + LEASE_S
+    typical = announcement(
+        identity.peer_id,
+        model_name="meta-llama/Llama-3.1-70B-Instruct",
+        num_blocks=80,
+        end=blocks,
+        block_digests=tuple(f"{block:016x}" for block in range(blocks)),
+        dtype="bfloat16",
+        throughput=12.345678,
+        free_kv_tokens=65_536,
+        sessions=12,
+        addresses=tuple(
+            f"/ip4/203.0.113.5/{transport}/p2p/{identity.peer_id}" for transport in ("tcp/31337", "udp/31337/quic-v1")
+        ),
+        version="0.1.0",
+        public_name="a volunteer",
+    )
+    assert len(signed(identity, identity.peer_id, typical.pack(), expires_at)) < limit_bytes
 
 
 async def test_an_honest_record_made_the_same_way_is_seen(scene: Scene) -> None:
@@ -95,7 +223,7 @@ async def test_an_honest_record_made_the_same_way_is_seen(scene: Scene) -> None:
 @pytest.mark.parametrize(
     "forgery",
     ["another's name", "unsigned", "other peer inside", "too long a lease", "huge", "not msgpack", "bad schema",
-     "other model's key", "not a string as subkey"],
+     "other model's key", "not a string as subkey", "RSA key"],
 )  # fmt: skip
 async def test_a_forged_record_is_never_seen_and_hides_nobody(forgery: str, scene: Scene) -> None:
     honest = scene.server.peer_id
@@ -122,6 +250,9 @@ async def test_a_forged_record_is_never_seen_and_hides_nobody(forgery: str, scen
             value = signed(identity, me, msgpack.packb({"peer_id": me, "start": "DROP TABLE"}), expires_at)
         case "other model's key":
             value = signed(identity, me, announcement(me, model=OTHER_MODEL).pack(), expires_at)
+        case "RSA key":
+            owner = foreign_owner("RSA")
+            subkey, value = owner.peer_id, owner.signed(expires_at)
         case _:
             subkey, value = 7, signed(identity, me, announcement(me).pack(), expires_at)
     await scene.push(subkey, value, expires_at)

@@ -15,18 +15,29 @@ from swarm.errors import FrameTooLarge, ProtocolError
 from swarm.protocol.frames import MAX_PAYLOAD_BYTES, Buffer, Frame, FrameDecoder
 from swarm.protocol.messages import (
     MAX_BATCH,
+    MAX_HOPS,
     MAX_POSITIONS,
+    Attach,
+    Attached,
     Close,
     Drain,
     Hello,
+    HopTime,
+    Link,
+    Linked,
+    LinkLost,
     Message,
     Open,
     Opened,
     Output,
     Ping,
     Pong,
+    Promote,
     Refusal,
+    Replay,
+    Replayed,
     Step,
+    TakeOver,
     decode_message,
     encode_message,
 )
@@ -34,15 +45,31 @@ from swarm.protocol.tensors import DTYPES, TensorHeader, decode_tensors, dtype_n
 
 quick = settings(deadline=None, max_examples=150)
 
-OPEN = Open(model="ab" * 32, start=3, end=7, batch=2, max_length=100)
-STEP = Step(sequence=4, position=9, reorder=[1, 0], tensors=[])
+TOKEN = "0123456789abcdef" * 2
+OPEN = Open(session=TOKEN, model="ab" * 32, start=3, end=7, batch=2, max_length=100)
+HOP = HopTime(start=0, end=3, queue_s=0.25, compute_s=0.5, link_s=0.125, codec="int8")
+STEP = Step(sequence=4, position=9, reorder=[1, 0], hops=[HOP], tensors=[])
+REPLAY = Replay(sequence=4, position=9, last=True, link=2, tensors=[])
+OUTPUT = Output(sequence=4, hops=[HOP], tensors=[])
+LINK = Link(link=3, peer_id="12D3KooW", addresses=["/ip4/127.0.0.1/tcp/9"], session=TOKEN, standby=True)
 MESSAGES: list[Message] = [
     Hello(version=1, agent="swarm/1.0"),
     OPEN,
+    OPEN.model_copy(update={"standby": True, "codec": "int8"}),
     Opened(dtype="bfloat16"),
+    LINK,
+    Link(link=1, fresh=True),
+    Promote(link=3),
+    Linked(link=3),
+    LinkLost(link=3, reason="it hung up"),
+    Attach(session=TOKEN),
+    Attached(fresh=True),
+    TakeOver(delivered=0),
     STEP,
     Step(sequence=4, position=9, tensors=[]),
-    Output(sequence=4, queue_s=0.25, compute_s=0.5, tensors=[]),
+    REPLAY,
+    Replayed(sequence=0),
+    OUTPUT,
     Refusal(code="cache_full", reason="no room", retry_after_s=5.0),
     Refusal(code="draining", reason="bye"),
     Drain(within_s=10.0),
@@ -105,7 +132,7 @@ def test_tensors_arrive_bit_for_bit_whatever_their_types_and_shapes(
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("shape", [[], [0], [5], [3, 0], [2, 3], [1, 2, 3], [2, 1, 2, 2]], ids=str)
+@pytest.mark.parametrize("shape", [[], [0], [5], [0, 3], [3, 0], [2, 3], [1, 2, 3], [2, 3, 4], [2, 1, 2, 2]], ids=str)
 def test_every_type_travels_in_every_number_of_dimensions(dtype: torch.dtype, shape: list[int]) -> None:
     tensor = random_bits(dtype, shape, seed=1)
     _, received = arrived(STEP, {"hidden_states": tensor})
@@ -145,6 +172,7 @@ def test_a_payload_of_another_length_than_its_tensors_is_refused(missing: int) -
     [
         [-1],
         [-2, -3],
+        [-2, -4],  # as many numbers as there are bytes
         [0, -1],
         [2**40, 2**40],
         [2**63],
@@ -187,7 +215,7 @@ def test_every_message_arrives_as_it_was_sent(message: Message) -> None:
     assert arrived(message) == (message, {})
 
 
-@pytest.mark.parametrize("message", [STEP, Output(sequence=1, queue_s=0.0, compute_s=0.0, tensors=[])])
+@pytest.mark.parametrize("message", [STEP, REPLAY, OUTPUT], ids=lambda message: message.type)
 def test_a_message_brings_its_tensors(message: Message) -> None:
     states = torch.rand(2, 3, 4)
     received, tensors = arrived(message, {"hidden_states": states})
@@ -249,11 +277,34 @@ def test_a_missing_field_is_refused_by_name(message: Message, field: str) -> Non
         (OPEN, "max_length", MAX_POSITIONS + 1),
         (OPEN, "model", b"ab"),
         (OPEN, "model", "x" * 65),
-        (STEP, "sequence", -1),
+        (OPEN, "session", TOKEN[1:]),
+        (OPEN, "session", TOKEN + "0"),
+        (OPEN, "session", TOKEN.upper()),
+        (OPEN, "session", TOKEN[1:] + "\n"),
+        (OPEN, "session", TOKEN + "\n"),
+        (OPEN, "session", b"0" * 32),
+        (OPEN, "session", "٠" * 32),
+        (Attach(session=TOKEN), "session", "g" * 32),
+        (LINK, "session", ""),
+        (OPEN, "codec", "int4"),
+        (OPEN, "codec", "compile"),
+        (OPEN, "codec", 8),
+        (OPEN, "standby", 1),
+        (LINK, "link", 0),
+        (LINK, "peer_id", "x" * 129),
+        (LINK, "addresses", ["/ip4/127.0.0.1/tcp/9"] * 9),
+        (LINK, "addresses", ["x" * 257]),
+        (TakeOver(delivered=0), "delivered", -1),
+        (REPLAY, "sequence", -1),
+        (REPLAY, "link", -1),
+        (STEP, "sequence", 0),
+        (STEP, "hops", [HOP.model_dump()] * (MAX_HOPS + 1)),
+        (OUTPUT, "hops", [HOP.model_dump()] * (MAX_HOPS + 1)),
+        (OUTPUT, "hops", [{**HOP.model_dump(), "codec": "\x1b[2J"}]),
         (STEP, "position", MAX_POSITIONS + 1),
         (STEP, "reorder", [0] * (MAX_BATCH + 1)),
         (STEP, "reorder", ["0"]),
-        (STEP, "tensors", [{"name": "x", "dtype": "uint8", "shape": [0]}] * 4),
+        (STEP, "tensors", [{"name": "x", "dtype": "uint8", "shape": [0]}] * 5),
         (STEP, "tensors", [{"name": "x", "dtype": "uint8", "shape": [0] * 5}]),
         (STEP, "tensors", [{"name": "x" * 33, "dtype": "uint8", "shape": [0]}]),
         (STEP, "tensors", [{"name": "x", "dtype": "uint8", "shape": [1.0]}]),
@@ -272,9 +323,45 @@ def test_a_field_of_the_wrong_type_or_over_its_limit_is_refused_by_name(
         decode_message(Frame({**message.model_dump(), field: value}, bytearray()))
 
 
-@given(st.dictionaries(st.text(max_size=8), VALUES, max_size=5), st.binary(max_size=16))
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, -math.inf, -0.25, 1e10])
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (Drain(within_s=1.0), "within_s"),
+        (Refusal(code="x", reason=""), "retry_after_s"),
+        (OUTPUT, "queue_s"),
+        (OUTPUT, "compute_s"),
+        (STEP, "link_s"),
+    ],
+)
+def test_times_that_are_none_are_refused(message: Message, field: str, seconds: float) -> None:
+    header = message.model_dump()
+    if "hops" in header:
+        header["hops"] = [{**HOP.model_dump(), field: seconds}]
+    else:
+        header[field] = seconds
+    with pytest.raises(ProtocolError, match=rf"{message.type}\.(hops\.0\.)?{field}"):
+        decode_message(Frame(header, bytearray()))
+
+
+@pytest.mark.parametrize("control", ["\x1b", "\x00", "\n", "\r", "\x07", "\x7f", "\x9b", "\u202e", "\u2028"], ids=ascii)
+@pytest.mark.parametrize(
+    "message", [Refusal(code="x", reason=""), LinkLost(link=1, reason="")], ids=lambda one: one.type
+)
+def test_control_characters_in_a_reason_become_blanks(message: Message, control: str) -> None:
+    received, _ = decode_message(Frame({**message.model_dump(), "reason": f"a{control}[2Jé"}, bytearray()))
+    assert isinstance(received, Refusal | LinkLost) and received.reason == "a [2Jé"
+
+
+@given(
+    st.dictionaries(st.text(max_size=8), VALUES, max_size=5),
+    st.sampled_from([None, "?", *TYPES]),
+    st.binary(max_size=16),
+)
 @quick
-def test_no_map_does_more_than_a_protocol_error(header: dict[str, Any], payload: bytes) -> None:
+def test_no_map_does_more_than_a_protocol_error(header: dict[str, Any], type_: str | None, payload: bytes) -> None:
+    if type_ is not None:
+        header["type"] = type_
     with contextlib.suppress(ProtocolError):
         decode_message(Frame(header, bytearray(payload)))
 

@@ -9,13 +9,14 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from swarm.errors import PeerUnreachable, PortTaken
+from swarm.errors import PeerUnreachable, PortTaken, SwarmError
 from swarm.transport.identity import Identity, IdentityError, verify
 from swarm.transport.node import Node
 
@@ -36,6 +37,26 @@ def test_an_identity_persists_is_private_and_signs(tmp_path: Path) -> None:
     path.write_bytes(b"nonsense")
     with pytest.raises(IdentityError, match="Move it away"):
         Identity.load_or_create(path)
+
+
+def test_an_identity_that_a_full_disk_has_no_room_for_is_a_clear_error(full_disk: Path) -> None:
+    path = full_disk / "identity.key"
+    with pytest.raises(IdentityError, match=r"identity\.key cannot be used: .*No space left"):
+        Identity.load_or_create(path)
+    (full_disk / "filling").unlink()
+    assert Identity.load_or_create(path).peer_id == Identity.load_or_create(path).peer_id
+
+
+async def test_a_node_that_a_full_disk_has_no_room_for_is_a_clear_error(
+    full_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(full_disk))
+    with pytest.raises(SwarmError, match="No space left"):
+        await Node.start(client_only=True)
+    assert [entry.name for entry in await asyncio.to_thread(os.scandir, full_disk)] == ["filling"]
+    monkeypatch.setattr(tempfile, "tempdir", str(full_disk / "nowhere"))
+    with pytest.raises(SwarmError, match="no room for a temporary identity"):
+        await Node.start(client_only=True)
 
 
 async def test_streams_carry_megabytes_and_a_stranger_is_unreachable(tmp_path: Path) -> None:
@@ -63,6 +84,22 @@ async def test_streams_carry_megabytes_and_a_stranger_is_unreachable(tmp_path: P
     finally:
         await client.stop()
         await server.stop()
+
+
+def assert_out_of_reach_of_other_users(socket_path: Path) -> None:
+    assert stat.S_ISSOCK(socket_path.stat().st_mode)
+    directory = socket_path.parent.stat()
+    assert (stat.S_IMODE(directory.st_mode), directory.st_uid) == (0o700, os.getuid())
+
+
+async def test_the_daemons_control_socket_is_private_and_gone_afterwards() -> None:
+    node = await Node.start(client_only=True)
+    socket_path = Path(str(node._daemon.control_address).removeprefix("/unix"))
+    try:
+        assert_out_of_reach_of_other_users(socket_path)
+    finally:
+        await node.stop()
+    assert not await asyncio.to_thread(socket_path.parent.exists)
 
 
 async def test_a_taken_port_is_noticed_even_if_p2pd_would_share_it() -> None:

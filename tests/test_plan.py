@@ -42,6 +42,7 @@ def wishes(draw: st.DrawFn) -> dict[str, Any]:
         "blocks": draw(st.none() | st.just(span)),
         "num_blocks": draw(st.none() | st.integers(1, len(block_bytes))),
         "kv_tokens": draw(st.none() | st.integers(1, 100_000)),
+        "kept_bytes_per_position": draw(st.just(0) | st.integers(1, 50_000)),
     }
 
 
@@ -62,10 +63,15 @@ def needed(message: str) -> int:
 def test_a_plan_never_exceeds_the_memory_and_is_what_the_owner_wants(wish: dict[str, Any]) -> None:
     try:
         plan = make_plan(**wish)
-    except InsufficientMemory:
+    except InsufficientMemory as error:
+        assert "--memory" in str(error) and "only" in str(error)
         return
     assert plan.total_bytes <= wish["memory_bytes"]
-    assert plan.total_bytes == PROGRAM + plan.weight_bytes + plan.kv_tokens * plan.kv_bytes_per_token
+    assert 1 <= plan.num_blocks <= len(wish["block_bytes"])
+    per_token = plan.kv_bytes_per_token + wish["kept_bytes_per_position"]
+    assert plan.total_bytes == PROGRAM + plan.weight_bytes + plan.kv_tokens * per_token
+    assert plan.kept_blocks * wish["kv_bytes_per_block"] >= wish["kept_bytes_per_position"]
+    assert (plan.kept_blocks - 1) * wish["kv_bytes_per_block"] < wish["kept_bytes_per_position"]
     assert plan.kv_bytes_per_token == plan.num_blocks * wish["kv_bytes_per_block"]
     if wish["blocks"] is not None:
         assert plan.num_blocks == wish["blocks"][1] - wish["blocks"][0]
@@ -85,7 +91,7 @@ def test_wherever_a_joiner_ends_up_its_blocks_fit(wish: dict[str, Any]) -> None:
     except InsufficientMemory:
         return
     spans = [wish["block_bytes"][start : start + plan.num_blocks] for start in range(len(wish["block_bytes"]))]
-    assert all(PROGRAM + sum(span) + plan.kv_bytes <= wish["memory_bytes"] for span in spans)
+    assert all(PROGRAM + sum(span) + plan.kv_bytes + plan.kept_bytes <= wish["memory_bytes"] for span in spans)
 
 
 @given(wishes())
@@ -182,6 +188,24 @@ def test_a_plan_reads_as_a_table_that_adds_up() -> None:
     ]
 
 
+def test_what_is_kept_for_recovery_is_part_of_the_plan_and_leaves_less_for_the_cache() -> None:
+    room = {"block_bytes": [MIB] * 2, "kv_bytes_per_block": 1024, "memory_bytes": PROGRAM + 2 * MIB + 12 * MIB}
+    without = make_plan(**room, memory_from="--memory")
+    plan = make_plan(**room, memory_from="--memory", kept_bytes_per_position=1024)
+    assert (without.kv_tokens, without.kept_blocks, without.kept_bytes) == (6 * 1024, 0, 0)
+    assert (plan.kv_tokens, plan.kept_blocks, plan.kept_bytes) == (4 * 1024, 1, 4 * MIB)
+    assert plan.total_bytes == without.total_bytes == room["memory_bytes"]
+    assert any(re.match(r"\s+kept for recovery\s+4\.0 MiB", line) for line in plan.lines())
+    assert not any("kept for recovery" in line for line in without.lines())
+
+
+def test_a_refusal_counts_what_is_kept_for_recovery() -> None:
+    room = {"block_bytes": [MIB], "kv_bytes_per_block": 1024, "memory_bytes": PROGRAM + 4 * MIB, "kv_tokens": 2048}
+    make_plan(**room, memory_from="--memory")
+    message = refusal(**room, kept_bytes_per_position=2048)
+    assert needed(message) == pytest.approx(PROGRAM + MIB + 2 * MIB + 4 * MIB, abs=MIB)
+
+
 def test_a_plan_is_a_value() -> None:
     plan = make_plan([MIB], 1024, 4 * GIB, "--memory")
     assert isinstance(plan, MemoryPlan) and plan == make_plan([MIB], 1024, 4 * GIB, "--memory")
@@ -191,11 +215,29 @@ def test_a_plan_is_a_value() -> None:
     ("count", "text"),
     [
         (0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1536, "1.5 KiB"), (MIB, "1.0 MiB"),
-        (13 * MIB + MIB // 2, "13.5 MiB"), (GIB, "1.0 GiB"), (5000 * GIB, "5000.0 GiB"),
+        (13 * MIB + MIB // 2, "13.5 MiB"), (GIB, "1.0 GiB"), (5000 * GIB, "5000.0 GiB"), (12, "12 B"),
+        (2048, "2.0 KiB"), (3 * MIB, "3.0 MiB"), (5 * GIB, "5.0 GiB"),
+        (MIB - 1, "1.0 MiB"), (MIB - 100, "1023.9 KiB"), (GIB - 1, "1.0 GiB"), (GIB - MIB // 10, "1023.9 MiB"),
     ],
 )  # fmt: skip
 def test_sizes_are_written_as_people_write_them(count: int, text: str) -> None:
     assert size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(1024, "1.0 KiB"), (1025, "1.1 KiB"), (MIB - 100, "1.0 MiB"), (MIB + 1, "1.1 MiB"), (GIB - 1, "1.0 GiB")],
+)
+def test_a_size_rounded_up_is_never_less(count: int, text: str) -> None:
+    assert size(count, round_up=True) == text
+
+
+@given(st.integers(0, 2**50), st.booleans())
+@quick
+def test_no_size_is_a_thousand_and_twenty_four_of_a_unit_that_has_a_larger_one(count: int, round_up: bool) -> None:
+    text = size(count, round_up=round_up)
+    assert float(text.split()[0]) < 1024 or text.endswith("GiB")
+    assert not round_up or parse_size(text) >= count
 
 
 @given(st.integers(0, 2**50))

@@ -59,12 +59,12 @@ def test_no_route_is_cheaper(spans: list[HostedSpan], blocks: tuple[int, int], s
         assert cost(route, spans) == pytest.approx(least_cost(spans, *blocks), rel=1e-9, abs=1e-12)
 
 
-@given(snapshots(), ranges())
+@given(snapshots(), ranges(), st.text(max_size=3))
 @quick
 def test_a_route_covers_its_blocks_and_asks_servers_only_for_what_they_host(
-    spans: list[HostedSpan], blocks: tuple[int, int]
+    spans: list[HostedSpan], blocks: tuple[int, int], salt: str
 ) -> None:
-    route = find_route(spans, *blocks)
+    route = find_route(spans, *blocks, salt=salt)
     if route is None:
         return
     by_peer = {span.peer_id: span for span in spans}
@@ -82,7 +82,11 @@ def test_there_is_a_route_exactly_when_every_block_is_hosted(spans: list[HostedS
     assert missing == [block for block in range(*blocks) if block not in hosted]
 
 
-@given(snapshots(speeds=st.sampled_from([1.0, 2.0])), st.text(max_size=3), st.randoms(use_true_random=False))
+@given(
+    snapshots(speeds=st.sampled_from([1.0, 2.0]) | st.floats(0.5, 50)),
+    st.text(max_size=3),
+    st.randoms(use_true_random=False),
+)
 @quick
 def test_the_same_snapshot_and_salt_give_the_same_route_in_any_order(
     spans: list[HostedSpan], salt: str, random: Random

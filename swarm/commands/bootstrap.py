@@ -19,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="0.0.0.0", help="IP address to listen on (default: all)")
     parser.add_argument("--port", type=int, default=0, help="port to listen on (default: any)")
     parser.add_argument(
+        "--private-network", action="store_true", help="do not open the router's NAT, do not use relays"
+    )
+    parser.add_argument(
         "--identity", type=Path, metavar="FILE", help="key file, made if missing: keeps the address over restarts"
     )
     parser.add_argument(
@@ -40,7 +43,7 @@ async def _serve(options: argparse.Namespace, output: Output) -> None:
     leave = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, leave.set)
-    public_network = not options.host.startswith("127.")
+    public_network = not options.private_network and not options.host.startswith("127.")
     node = await Node.start(
         identity=Identity.load_or_create(options.identity) if options.identity else None,
         listen=listen_addresses(options.host, options.port, quic=public_network),

@@ -1,10 +1,11 @@
-"""A whole swarm on this machine: a bootstrap peer and some servers, each a real process on loopback."""
+"""A whole swarm on this machine: a bootstrap peer and some servers, each a real process, on loopback by default."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import selectors
 import signal
 import subprocess
 import sys
@@ -14,12 +15,39 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from swarm.errors import SwarmError
 from swarm.transport.daemon import die_with_parent
 
+READY_TIMEOUT_S = 180.0
+"""How long a peer may take to become ready: loading a model is part of it."""
 _STOP_TIMEOUT_S = 20.0
+
+
+class Host(Protocol):
+    """Where a peer runs: this machine, or a part of it with a network of its own."""
+
+    @property
+    def address(self) -> str:
+        """The IP address to listen on."""
+
+    def start(self, arguments: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
+        """``subprocess.Popen(arguments, **options)`` there."""
+
+
+@dataclass(frozen=True)
+class Loopback:
+    """This machine; peers elsewhere cannot reach it."""
+
+    address: str = "127.0.0.1"
+
+    def start(self, arguments: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
+        """An ordinary child process."""
+        return subprocess.Popen(arguments, **options)
+
+
+_LOOPBACK = Loopback()
 
 
 @dataclass
@@ -27,11 +55,12 @@ class LocalPeer:
     """One child process that reports its events as JSON lines."""
 
     name: str
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes]
     log: Path
     """What it wrote to stderr."""
     ready: dict[str, Any] | None = None
     """Its ``ready`` event."""
+    _unread: bytes = b""
 
     @property
     def peer_id(self) -> str:
@@ -41,18 +70,23 @@ class LocalPeer:
     def addresses(self) -> list[str]:
         return list(self.ready["addresses"]) if self.ready else []
 
-    def wait_until_ready(self) -> None:
-        """Raises SwarmError, with the end of its log, if the process ends instead."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
+    def wait_until_ready(self, timeout_s: float = READY_TIMEOUT_S) -> None:
+        """Wait for its ``ready`` event.
+
+        Raises:
+            SwarmError: the process ended instead, or is not ready after `timeout_s`; with the end of its log.
+        """
+        deadline = time.monotonic() + timeout_s
+        while (line := self._read_line(deadline)) is not None:
+            if not line:
+                code = self.process.wait()
+                raise SwarmError(f"{self.name} ended with code {code} instead of becoming ready{self._last_words()}")
             with contextlib.suppress(ValueError):
                 event = json.loads(line)
                 if event.get("event") == "ready":
                     self.ready = event
                     return
-        self.process.wait()
-        tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
-        raise SwarmError(f"{self.name} ended with code {self.process.returncode} instead of becoming ready:\n{tail}")
+        raise SwarmError(f"{self.name} was not ready within {timeout_s:g} s{self._last_words()}")
 
     def kill(self) -> None:
         """SIGKILL: no farewell."""
@@ -61,6 +95,25 @@ class LocalPeer:
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
+
+    def _read_line(self, deadline: float) -> bytes | None:
+        """The next line of its output, empty at the end of all lines; None if none is complete at `deadline`."""
+        assert self.process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            while b"\n" not in self._unread:
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    return None
+                data = os.read(self.process.stdout.fileno(), 65536)
+                if not data:
+                    return b""
+                self._unread += data
+        line, _, self._unread = self._unread.partition(b"\n")
+        return line + b"\n"
+
+    def _last_words(self) -> str:
+        tail = self.log.read_text(errors="replace").splitlines()[-15:]
+        return "; it printed last:\n" + "\n".join(tail) if tail else "; it printed nothing"
 
 
 class LocalSwarm:
@@ -73,27 +126,40 @@ class LocalSwarm:
         servers: in the order in which they were started.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, host: Host = _LOOPBACK) -> None:
+        """Start the bootstrap peer on `host` and wait for it."""
         self.servers: list[LocalPeer] = []
         self._directory = tempfile.TemporaryDirectory(prefix="swarm-local-")
-        self.bootstrap = self._start("bootstrap", ["-m", "swarm.commands.main", "bootstrap", "--host", "127.0.0.1"])
-        self.bootstrap.wait_until_ready()
+        self.bootstrap = self._start(host, "bootstrap", ["-m", "swarm.commands.main", "bootstrap"])
+        try:
+            self.bootstrap.wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
 
     @property
     def initial_peers(self) -> list[str]:
         """For ``--initial-peers`` and ``initial_peers=``."""
         return self.bootstrap.addresses
 
-    def start_server(self, model: str, *arguments: str, wait: bool = True) -> LocalPeer:
-        """Start ``swarm-server MODEL …`` and (unless told not to) wait until it serves."""
+    def start_server(
+        self,
+        model: str,
+        *arguments: str,
+        wait: bool = True,
+        ready_timeout_s: float = READY_TIMEOUT_S,
+        host: Host = _LOOPBACK,
+        program: str = "swarm.commands.server",
+    ) -> LocalPeer:
+        """Start ``swarm-server MODEL …`` (the module `program`) and, unless told not to, wait until it serves."""
         peer = self._start(
+            host,
             f"server {len(self.servers) + 1}",
-            ["-m", "swarm.commands.server", model, *arguments]
-            + ["--host", "127.0.0.1", "--initial-peers", *self.initial_peers],
+            ["-m", program, model, *arguments, "--initial-peers", *self.initial_peers],
         )
         self.servers.append(peer)
         if wait:
-            peer.wait_until_ready()
+            peer.wait_until_ready(ready_timeout_s)
         return peer
 
     def start_servers(
@@ -133,15 +199,14 @@ class LocalSwarm:
     ) -> None:
         self.stop()
 
-    def _start(self, name: str, arguments: Sequence[str]) -> LocalPeer:
+    def _start(self, host: Host, name: str, arguments: Sequence[str]) -> LocalPeer:
         log = Path(self._directory.name) / f"{name.replace(' ', '-')}.log"
         with log.open("w") as stderr:
-            process = subprocess.Popen(
-                [sys.executable, *arguments, "--json"],
+            process = host.start(
+                [sys.executable, *arguments, "--host", host.address, "--private-network", "--json"],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                text=True,
                 start_new_session=True,  # Ctrl-C is for the parent, which then stops its children
                 preexec_fn=die_with_parent(os.getpid()),
             )

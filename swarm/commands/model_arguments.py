@@ -18,6 +18,22 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--deadline", type=float, default=60.0, metavar="S", help="wait so long for missing blocks (default: 60)"
     )
+    parser.add_argument(
+        "--star", action="store_true", help="let everything pass through this client, not from server to server"
+    )
+    parser.add_argument(
+        "--redundancy",
+        type=int,
+        choices=(1, 2),
+        default=1,
+        metavar="N",
+        help="2: keep a second server of every span up to date, so that a death costs next to nothing (default: 1)",
+    )
+    parser.add_argument(
+        "--activation-codec",
+        metavar="NAME",
+        help="send hidden states as int8, bfloat16 or float16: less to send, not exact any more (default: exactly)",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="(default: 256)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="(default: 1)")
@@ -33,7 +49,12 @@ def connect(options: argparse.Namespace) -> tuple[DistributedMixin, PreTrainedTo
     if options.seed is not None:
         torch.manual_seed(options.seed)
     model = AutoDistributedModelForCausalLM.from_pretrained(
-        options.model, initial_peers=options.initial_peers, deadline_s=options.deadline
+        options.model,
+        initial_peers=options.initial_peers,
+        deadline_s=options.deadline,
+        chain=not options.star,
+        redundancy=options.redundancy,
+        activation_codec=options.activation_codec,
     )
     return model, model.tokenizer()
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from swarm.cache_directory import cache_directory, fill_directory_atomically
-from swarm.errors import CheckpointNotFound, CorruptCheckpoint
+from swarm.errors import CheckpointNotFound, CorruptCheckpoint, UnsupportedFamily
 from swarm.models.digests import Digests, digest_tensors, known_digests, remember_digests
 from swarm.models.families import check_family
 from swarm.models.tensor_files import GgufFile, SafetensorsFiles, TensorFiles
@@ -101,7 +101,7 @@ class Checkpoint:
 
     @cached_property
     def _known_digests(self) -> Digests | None:
-        return known_digests(self.files)
+        return known_digests(self.files, self.num_blocks)
 
     @cached_property
     def model_digest(self) -> str:
@@ -114,10 +114,10 @@ class Checkpoint:
         """Check the bytes of one block (None: the shell) against the digest that is known for it, if one is.
 
         Raises:
-            CorruptCheckpoint: they differ: the file is damaged.
+            CorruptCheckpoint: they differ, so the file is damaged; or the digests are of another number of blocks.
         """
         known = self._known_digests
-        if known is None or len(known.blocks) != self.num_blocks:
+        if known is None:
             return
         expected = known.shell if block is None else known.blocks[block]
         found = digest_tensors(self.files, self.tensor_names(block))
@@ -132,7 +132,7 @@ class Checkpoint:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that came with the checkpoint."""
         if not isinstance(self.files, GgufFile):
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.location)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.location, trust_remote_code=False)
             return tokenizer
         kept = _gguf_cache(self.location) / "tokenizer"
         if (kept / "tokenizer.json").exists():
@@ -182,11 +182,17 @@ def _locate(name: str, revision: str | None) -> tuple[Path, str | None]:
         if spec is None or spec.origin is None:
             raise CheckpointNotFound(f"The model {name!r} comes in a package that is not installed: {how}")
         return Path(spec.origin).parent / filename, None
-    path = Path(name).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
-        return path, None
-    if path.exists():
-        raise CheckpointNotFound(f"{name} is neither a directory nor a .gguf file.")
+    if not name:
+        raise CheckpointNotFound('The model\'s name is empty (the current directory is called ".").')
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+            return path, None
+        if path.exists():
+            raise CheckpointNotFound(f"{name} is neither a directory nor a .gguf file.")
+    except (OSError, RuntimeError) as error:  # too long, not permitted; the home of a user whom nobody knows
+        reason = str(getattr(error, "strerror", None) or error).rstrip(".")
+        raise CheckpointNotFound(f"There is no model {_abridged(name)!r}: {reason}.") from error
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return _download_configuration(name, revision)
     raise CheckpointNotFound(
@@ -195,13 +201,26 @@ def _locate(name: str, revision: str | None) -> tuple[Path, str | None]:
     )
 
 
+def _abridged(name: str) -> str:
+    return name if len(name) <= 200 else f"{name[:100]}…{name[-50:]}"
+
+
 def _download_configuration(repository: str, revision: str | None) -> tuple[Path, str]:
     """Fetch everything but the weights; return the local snapshot and its commit."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         directory = Path(snapshot_download(repository, revision=revision, allow_patterns=["*.json", "tokenizer*"]))
+    except HFValidationError as error:
+        raise CheckpointNotFound(
+            f"There is no model {_abridged(repository)!r}: no such directory, and no Hugging Face Hub id either."
+        ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointNotFound(f"The Hugging Face Hub has no model {repository!r} (or it is private).") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -216,7 +235,13 @@ def _read_config(directory: Path) -> PretrainedConfig:
     if not (directory / "config.json").exists():
         raise CheckpointNotFound(f"{directory} holds no config.json, so it is not a Hugging Face checkpoint.")
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(directory)
+        fields, _ = PretrainedConfig.get_config_dict(directory)
+        family = fields.get("model_type")
+        if family and isinstance(family, str) and family not in CONFIG_MAPPING:
+            raise UnsupportedFamily(
+                f"{directory} holds a {family!r} model, which is not supported: transformers knows no such model_type."
+            )
+        config: PretrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (
         ValueError,
         OSError,
@@ -242,7 +267,10 @@ def _gguf_config(path: Path) -> PretrainedConfig:
     if (kept / "config.json").exists():
         config: PretrainedConfig = AutoConfig.from_pretrained(kept)
     else:  # transformers' reader takes seconds over the vocabulary, so the result is kept
-        fields: dict[str, Any] = load_gguf_checkpoint(str(path))["config"]
+        try:
+            fields: dict[str, Any] = load_gguf_checkpoint(str(path))["config"]
+        except ValueError as error:
+            raise UnsupportedFamily(f"{path} is not supported: {error} Use the model's safetensors.") from error
         config = AutoConfig.for_model(**fields)
         fill_directory_atomically(kept, config.save_pretrained)
     return config

@@ -56,27 +56,34 @@ def digest_tensors(files: TensorFiles, names: Iterable[str], on_bytes: Callable[
     return sha.hexdigest()
 
 
-def known_digests(files: TensorFiles) -> Digests | None:
+def known_digests(files: TensorFiles, num_blocks: int) -> Digests | None:
     """What the manifest beside the weights says, or else what was computed for these very files before.
 
     Raises:
-        CorruptCheckpoint: there is a manifest, and it cannot be read.
+        CorruptCheckpoint: there is a manifest, and it cannot be read or is of a model without `num_blocks` blocks.
     """
     if not files.paths:
         return None
     manifest = files.paths[0].parent / MANIFEST
     if manifest.exists():
         try:
-            return Digests.from_json(manifest.read_text())
-        except (ValueError, KeyError, TypeError) as error:
+            listed = Digests.from_json(manifest.read_text())
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CorruptCheckpoint(
-                f"{manifest} is damaged: {error}. Delete it, or write it anew with `swarm digest`."
+                f"{manifest} is damaged: {error}. Delete it, or write it anew with `swarm digest --write`."
             ) from error
-    remembered = _memory_of(files.paths)
+        if len(listed.blocks) != num_blocks:
+            raise CorruptCheckpoint(
+                f"{manifest} lists {len(listed.blocks)} blocks, and the model has {num_blocks}: one of the two is "
+                "damaged, or the list came with another model. Download the checkpoint again (if it was changed on "
+                "purpose: `swarm digest --write`)."
+            )
+        return listed
     try:
-        return Digests.from_json(remembered.read_text())
+        remembered = Digests.from_json(_memory_of(files.paths).read_text())
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return remembered if len(remembered.blocks) == num_blocks else None
 
 
 def remember_digests(files: TensorFiles, digests: Digests) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, modeling_gguf_pytorch_utils
 from transformers.utils import logging as transformers_logging
 
 from swarm.errors import CorruptCheckpoint, UnsupportedFamily
@@ -41,7 +41,7 @@ def load_part(
     cut: Callable[[PreTrainedModel], None],
     dtype: torch.dtype,
     device: torch.device | str,
-    on_elements: Callable[[int], None],
+    on_elements: Callable[[int], object],
     model_class: type[PreTrainedModel] | None = None,
 ) -> PreTrainedModel:
     """Make the model, `cut` it, and load the tensors `names` into what is left.
@@ -80,7 +80,7 @@ def load_part(
 class _ReportsReading:
     """A lazy tensor that says how many numbers were read once it is."""
 
-    def __init__(self, lazy: Any, on_elements: Callable[[int], None]) -> None:
+    def __init__(self, lazy: Any, on_elements: Callable[[int], object]) -> None:
         self._lazy, self._on_elements = lazy, on_elements
 
     def __getitem__(self, index: Any) -> torch.Tensor:
@@ -95,9 +95,12 @@ def quiet_transformers() -> Iterator[None]:
     verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    # Its GGUF reader takes tqdm as it is, which knows nothing of that switch; transformers' own obeys it.
+    plain_tqdm, modeling_gguf_pytorch_utils.tqdm = modeling_gguf_pytorch_utils.tqdm, transformers_logging.tqdm
     try:
         yield
     finally:
+        modeling_gguf_pytorch_utils.tqdm = plain_tqdm
         transformers_logging.set_verbosity(verbosity)
         if bar:
             transformers_logging.enable_progress_bar()

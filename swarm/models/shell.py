@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from swarm.models.checkpoint import Checkpoint
 from swarm.models.loading import load_part
 from swarm.models.surgery import drop_layers
+from swarm.models.weight_layout import lay_out_head
 
 
 def load_shell(
@@ -21,7 +22,7 @@ def load_shell(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     model_class: type[PreTrainedModel] | None = None,
-    on_elements: Callable[[int], None] = lambda _: None,
+    on_elements: Callable[[int], object] = lambda _: None,
 ) -> PreTrainedModel:
     """The family's own ``…ForCausalLM`` with embeddings, final norm and head, and `layers` instead of its layers.
 
@@ -33,7 +34,7 @@ def load_shell(
         CorruptCheckpoint: a tensor is missing, or the shell's checksum is wrong.
     """
     checkpoint.verify(None)
-    return load_part(
+    shell = load_part(
         checkpoint,
         copy.deepcopy(checkpoint.config),
         checkpoint.tensor_names(None),
@@ -43,3 +44,5 @@ def load_shell(
         on_elements,
         model_class,
     )
+    lay_out_head(shell.get_output_embeddings())
+    return shell

@@ -105,6 +105,11 @@ class Span:
         for layer in self._layers:
             yield from layer.parameters()
 
+    def linears(self) -> Iterator[nn.Linear]:
+        """Every linear layer of the span."""
+        for layer in self._layers:
+            yield from (module for module in layer.modules() if isinstance(module, nn.Linear))
+
     def part(self, start: int, end: int) -> Span:
         """The same weights, fewer blocks: ``[start, end)`` must lie within this span."""
         if not self.start <= start < end <= self.end:
@@ -170,7 +175,7 @@ def load_span(
     *,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
-    on_elements: Callable[[int], None] = lambda _: None,
+    on_elements: Callable[[int], object] = lambda _: None,
 ) -> Span:
     """Read the weights of blocks ``[start, end)``, check them against known digests, and make them runnable.
 

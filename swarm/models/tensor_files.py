@@ -134,7 +134,7 @@ class GgufFile:
         if header.architecture not in _GGUF_ARCHITECTURES or any("_exps." in name for name in self._tensors):
             raise UnsupportedFamily(
                 f"{path} is not supported: Swarm reads GGUF files of dense models that gguf-py knows, and this is "
-                f"{header.architecture} {'with experts' if '_exps.' in ''.join(self._tensors) else ''}. "
+                f"{header.architecture}{' with experts' if '_exps.' in ''.join(self._tensors) else ''}. "
                 "Use the model's safetensors."
             )
         self.entries = {

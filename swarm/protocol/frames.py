@@ -71,10 +71,9 @@ class FrameDecoder:
             end = end_of_header + payload_bytes
             if len(self._buffer) < end:
                 return
-            header = _unpack(bytes(self._buffer[_PREFIX.size : end_of_header]))
-            payload = self._buffer[end_of_header:end]
+            packed, payload = bytes(self._buffer[_PREFIX.size : end_of_header]), self._buffer[end_of_header:end]
             del self._buffer[:end]
-            yield Frame(header, payload)
+            yield Frame(_unpack(packed), payload)
 
 
 def _read_prefix(data: Buffer) -> tuple[int, int]:

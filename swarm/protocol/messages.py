@@ -1,8 +1,11 @@
-"""The messages of a session stream, and their checks. Nothing that arrives is trusted before it fits these.
+"""The messages of Swarm's streams, and their checks. Nothing that arrives is trusted before it fits these.
 
-A stream carries one session on one server: both sides say ``Hello``; the client sends ``Open`` and then
-``Step`` after ``Step``, each answered by ``Output`` or ``Refusal``; ``Close`` or the end of the stream ends
-it. ``Ping`` may come at any time and is answered by ``Pong``.
+A client opens a *session stream* to every server of its route: both sides say ``Hello``, the client sends ``Open``,
+and the stream's life is the session's. By ``Link`` the client tells a server who its successor is; the
+server dials it and opens a *link stream* (``Hello``, ``Attach``), over which it then sends on what it has computed.
+So a ``Step`` goes client → S1 → … → Sn, and the last one answers the client with ``Output``. A server without a
+successor answers the client instead (star mode), who relays. ``Replay`` brings a fresh server to the session's state.
+``Ping`` may come at any time and is answered by ``Pong``.
 """
 
 from __future__ import annotations
@@ -10,18 +13,48 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from swarm.errors import ProtocolError
+from swarm.protocol.codec import CODECS
 from swarm.protocol.frames import Buffer, Frame, encode_frame
 from swarm.protocol.tensors import TensorHeader, decode_tensors, encode_tensors
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 STREAM_PROTOCOL = f"/swarm/session/{PROTOCOL_VERSION}"
 """The libp2p protocol id: peers of another major version do not even open a stream."""
+LINK_PROTOCOL = f"/swarm/link/{PROTOCOL_VERSION}"
+"""Likewise for streams from a server to its successor."""
 
 MAX_BATCH = 1024
 MAX_POSITIONS = 1 << 24
+MAX_STEP_POSITIONS = 2048
+"""Of one step or replay, over all sequences: what a server must be able to compute at once."""
+MAX_BLOCKS = 100_000
+MAX_HOPS = 256
+"""Servers that a step may pass."""
+
+Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+SessionToken = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+"""Chosen by the client at random; who knows it may attach to the session."""
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def _known_codec(name: str) -> str:
+    if name not in CODECS:
+        raise ValueError(f"none of {', '.join(CODECS)}")
+    return name
+
+
+Codec = Annotated[str, AfterValidator(_known_codec)]
+"""How hidden states are sent on (:mod:`swarm.protocol.codec`)."""
+
+
+Reason = Annotated[str, Field(max_length=2000), AfterValidator(_printable)]
+"""Text of a stranger for a person to read: no control characters, which could play with a terminal."""
 
 
 class _Message(BaseModel):
@@ -38,67 +71,171 @@ class Hello(_Message):
 
 
 class Open(_Message):
-    """The client asks for a session on blocks ``[start, end)``."""
+    """(client → server) Make room for a session on blocks ``[start, end)``."""
 
     type: Literal["open"] = "open"
+    session: SessionToken
     model: str = Field(max_length=64)
     """The digest that names the model."""
-    start: int = Field(ge=0, le=100_000)
-    end: int = Field(ge=1, le=100_000)
+    start: int = Field(ge=0, le=MAX_BLOCKS)
+    end: int = Field(ge=1, le=MAX_BLOCKS)
     batch: int = Field(ge=1, le=MAX_BATCH)
     max_length: int = Field(ge=1, le=MAX_POSITIONS)
     """Positions per sequence to make room for."""
+    standby: bool = False
+    """Compute when idle, and send nothing until ``TakeOver``."""
+    codec: Codec | None = None
+    """How to send hidden states on; None: losslessly."""
 
 
 class Opened(_Message):
-    """The server has made room."""
+    """(server → client) There is room."""
 
     type: Literal["opened"] = "opened"
     dtype: str = Field(max_length=16)
     """The precision in which hidden states are to be sent, and come back."""
 
 
+class Link(_Message):
+    """(client → server) Send on what you compute to another server, or (no `peer_id`) to me."""
+
+    type: Literal["link"] = "link"
+    link: int = Field(ge=1)
+    """The client's number for this link; newer links have higher ones."""
+    peer_id: str | None = Field(default=None, max_length=128)
+    addresses: list[Annotated[str, Field(max_length=256)]] = Field(default=[], max_length=8)
+    session: SessionToken | None = None
+    """The successor's session."""
+    standby: bool = False
+    """Not instead of the present successor, but besides."""
+    fresh: bool = False
+    """(without `peer_id`) the successor knows nothing yet: send me what it must be told."""
+
+
+class Promote(_Message):
+    """(client → server) The standby link `link` replaces the present one."""
+
+    type: Literal["promote"] = "promote"
+    link: int = Field(ge=1)
+
+
+class Linked(_Message):
+    """(server → client) The link stands."""
+
+    type: Literal["linked"] = "linked"
+    link: int = Field(ge=1)
+
+
+class LinkLost(_Message):
+    """(server → client) The successor could not be dialled, hung up, or fell silent."""
+
+    type: Literal["link_lost"] = "link_lost"
+    link: int = Field(ge=1)
+    reason: Reason
+
+
+class Attach(_Message):
+    """(server → successor) I am the predecessor in this session."""
+
+    type: Literal["attach"] = "attach"
+    session: SessionToken
+
+
+class Attached(_Message):
+    """(successor → server) Welcome."""
+
+    type: Literal["attached"] = "attached"
+    fresh: bool
+    """Send the session's whole state first: nothing has come yet."""
+
+
+class TakeOver(_Message):
+    """(client → standby) You are no standby any more: send on what you compute."""
+
+    type: Literal["take_over"] = "take_over"
+    delivered: int = Field(ge=0)
+    """The last step that needs no sending on."""
+
+
+class HopTime(_Message):
+    """Where the time of a step went on one server."""
+
+    start: int = Field(ge=0, le=MAX_BLOCKS)
+    end: int = Field(ge=1, le=MAX_BLOCKS)
+    queue_s: Seconds
+    """Waited for the device."""
+    compute_s: Seconds
+    """The device worked on it."""
+    link_s: Seconds | None = None
+    """From here to the successor, one way, as the link's pings showed it (0: none came back yet); None: through the
+    client."""
+    codec: Codec | None = None
+    """How the result was sent on; None: losslessly."""
+
+
 class Step(_Message):
-    """Run new positions. Tensors: ``hidden_states`` [batch, n, hidden]; optional ``position_ids`` [batch, n] int64
-    (default: those that follow) and ``mask`` [batch, n] uint8 (0 where there is padding; default: none)."""
+    """(client or predecessor → server) Run new positions. Tensors: ``hidden_states`` [batch, n, hidden]; optional
+    ``position_ids`` [batch, n] int64 (default: those that follow) and ``mask`` [batch, n] uint8 (0 where there is
+    padding; default: none)."""
 
     type: Literal["step"] = "step"
-    sequence: int = Field(ge=0)
-    """Counts the steps of this stream; a step that comes twice is answered twice and run once."""
+    sequence: int = Field(ge=1)
+    """Counts the steps of the session; one that comes twice is run once and its result sent on twice."""
     position: int = Field(ge=0, le=MAX_POSITIONS)
     """Where the new positions begin. If the cache is longer, it is rolled back to here first."""
     reorder: Annotated[list[int], Field(max_length=MAX_BATCH)] | None = None
     """Which row of the cache each sequence of this step continues (beams); None: each its own."""
-    tensors: list[TensorHeader] = Field(max_length=3)
+    hops: list[HopTime] = Field(default=[], max_length=MAX_HOPS)
+    """The servers that it has passed."""
+    tensors: list[TensorHeader] = Field(max_length=4)
+
+
+class Replay(_Message):
+    """(to a fresh server) Part of what the session has seen so far. Tensors as in ``Step``."""
+
+    type: Literal["replay"] = "replay"
+    sequence: int = Field(ge=0)
+    """The last step that the state includes."""
+    position: int = Field(ge=0, le=MAX_POSITIONS)
+    last: bool
+    """Nothing more is to come."""
+    link: int = Field(default=0, ge=0)
+    """(server → client) for the successor on this link."""
+    tensors: list[TensorHeader] = Field(max_length=4)
+
+
+class Replayed(_Message):
+    """(server → client) The replay is over: this server's state is that after step `sequence`. A standby that has
+    been there from the first step on says so after that one."""
+
+    type: Literal["replayed"] = "replayed"
+    sequence: int = Field(ge=0)
 
 
 class Output(_Message):
-    """The result of a step. Tensor: ``hidden_states`` [batch, n, hidden]."""
+    """(server → client) The result of a step. Tensor: ``hidden_states`` [batch, n, hidden]."""
 
     type: Literal["output"] = "output"
-    sequence: int = Field(ge=0)
-    queue_s: float
-    """Seconds that the step waited for the device."""
-    compute_s: float
-    """Seconds that the device worked on it."""
-    tensors: list[TensorHeader] = Field(max_length=1)
+    sequence: int = Field(ge=1)
+    hops: list[HopTime] = Field(max_length=MAX_HOPS)
+    tensors: list[TensorHeader] = Field(max_length=4)
 
 
 class Refusal(_Message):
-    """The server cannot do what was asked; the stream ends unless it answers a ``Step`` that can be repeated."""
+    """(server → client) What was asked cannot be done; the session on this server is over."""
 
     type: Literal["refusal"] = "refusal"
     code: str = Field(max_length=32)
     """A key of :data:`swarm.errors.REMOTE_ERRORS`."""
-    reason: str = Field(max_length=2000)
-    retry_after_s: float | None = None
+    reason: Reason
+    retry_after_s: Seconds | None = None
 
 
 class Drain(_Message):
-    """The server is leaving: the client should move its session within the time given."""
+    """(server → client) I am leaving: move the session within the time given."""
 
     type: Literal["drain"] = "drain"
-    within_s: float
+    within_s: Seconds
 
 
 class Ping(_Message):
@@ -114,12 +251,15 @@ class Pong(_Message):
 
 
 class Close(_Message):
-    """The session is over; its cache can be freed."""
+    """(client → server) The session is over; its cache can be freed."""
 
     type: Literal["close"] = "close"
 
 
-Message = Hello | Open | Opened | Step | Output | Refusal | Drain | Ping | Pong | Close
+Message = (
+    Hello | Open | Opened | Link | Promote | Linked | LinkLost | Attach | Attached | TakeOver
+    | Step | Replay | Replayed | Output | Refusal | Drain | Ping | Pong | Close
+)  # fmt: skip
 
 _ANY_MESSAGE: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
 

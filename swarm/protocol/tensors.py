@@ -20,6 +20,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "int64": torch.int64,
     "uint8": torch.uint8,
+    "int8": torch.int8,
 }
 """The element types that may travel, by name."""
 
@@ -51,7 +52,7 @@ def encode_tensors(tensors: dict[str, torch.Tensor]) -> tuple[list[TensorHeader]
     for name, tensor in tensors.items():
         flat = tensor.detach().to("cpu").contiguous()
         headers.append(TensorHeader(name=name, dtype=dtype_name(flat.dtype), shape=list(flat.shape)))
-        parts.append(memoryview(flat.reshape(-1).view(torch.uint8).numpy()))
+        parts.append(flat.reshape(-1).view(torch.uint8).numpy().data)
     return headers, parts
 
 

@@ -73,7 +73,10 @@ class P2pDaemon:
         """
         for address in listen:
             _check_port_is_free(address)
-        directory = Path(tempfile.mkdtemp(prefix="swarm-p2pd-"))
+        try:
+            directory = Path(tempfile.mkdtemp(prefix="swarm-p2pd-"))
+        except OSError as error:
+            raise PeerError(f"There is no room for p2pd's control socket: {error}") from error
         executable = resources.files("hivemind") / "hivemind_cli" / "p2pd"
         arguments = [
             f"-listen=/unix{directory / 'control.sock'}",

@@ -8,6 +8,7 @@ public key, and a signature can be checked with nothing but the id.
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from swarm.transport.lean_hivemind import PeerID, crypto_pb2
 
 _ID_PREFIX = bytes((0x00, 0x24, 0x08, 0x01, 0x12, 0x20))
 """Multihash code "identity", 36 bytes; protobuf PublicKey: type Ed25519, 32 bytes of key."""
+_MAX_ID_CHARACTERS = 64
+"""Ours have 52. Decoding base58 takes time that grows with the square of the length, so a long one is not tried."""
 
 
 class IdentityError(SwarmError):
@@ -60,13 +63,26 @@ class Identity:
 
     @classmethod
     def temporary(cls) -> Identity:
-        """A fresh identity for one run, in a private temporary file."""
-        directory = Path(tempfile.mkdtemp(prefix="swarm-identity-"))
-        return cls.load_or_create(directory / "identity.key")
+        """A fresh identity for one run, in a private temporary file.
+
+        Raises:
+            IdentityError: the file cannot be written.
+        """
+        try:
+            directory = Path(tempfile.mkdtemp(prefix="swarm-identity-"))
+        except OSError as error:
+            raise IdentityError(f"There is no room for a temporary identity: {error}") from error
+        try:
+            return cls.load_or_create(directory / "identity.key")
+        except IdentityError:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
 
 
 def verify(peer_id: str, data: bytes, signature: bytes) -> bool:
     """Whether the owner of `peer_id` signed `data`. False for anything malformed."""
+    if len(peer_id) > _MAX_ID_CHARACTERS:
+        return False
     try:
         raw = PeerID.from_base58(peer_id).to_bytes()
         if len(raw) != len(_ID_PREFIX) + 32 or not raw.startswith(_ID_PREFIX):
@@ -81,8 +97,12 @@ def _write_key(path: Path, key: Ed25519PrivateKey) -> None:
     both_halves = key.private_bytes_raw() + key.public_key().public_bytes_raw()
     message = crypto_pb2.PrivateKey(key_type=crypto_pb2.KeyType.Ed25519, data=both_halves)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(message.SerializeToString())
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(message.SerializeToString())
+    except OSError:
+        path.unlink(missing_ok=True)  # half a key would be in the way when there is room again
+        raise
 
 
 def _parse_key(path: Path, raw: bytes) -> Ed25519PrivateKey:

@@ -36,7 +36,9 @@ def _register_without_running_init() -> Callable[[], None]:
     return lambda: setattr(package, "__getattr__", run_init_and_get)
 
 
-_run_init_on_demand = (lambda: None) if "hivemind" in sys.modules else _register_without_running_init()
+_run_init_on_demand: Callable[[], None] = (
+    (lambda: None) if "hivemind" in sys.modules else _register_without_running_init()
+)
 
 from hivemind.dht.crypto import DHTRecord, RecordValidatorBase  # noqa: E402
 from hivemind.dht.node import DHTNode  # noqa: E402

@@ -105,6 +105,8 @@ class Node:
                 await self.p2p._client.connect(PeerID.from_base58(peer_id), maddrs)
         except TimeoutError:
             raise PeerUnreachable(f"{peer_id} did not answer within {timeout_s:g} s") from None
+        except ValueError as error:  # a stranger wrote the id, too
+            raise PeerUnreachable(f"{peer_id!r} is not a peer id: {error}") from None
         except _DIAL_FAILURES as error:
             raise PeerUnreachable(f"{peer_id} cannot be dialled: {error}") from error
 

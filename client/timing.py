@@ -1,0 +1,87 @@
+"""Where the time of a step went: what servers said of themselves, and what is left for the network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from swarm.protocol.messages import HopTime
+
+
+@dataclass(frozen=True)
+class HopTiming:
+    """The part of one server in a step, in seconds."""
+
+    peer_id: str
+    start: int
+    end: int
+    queue_s: float
+    """Waited for the device."""
+    compute_s: float
+    """The device worked on it."""
+    network_s: float
+    """The way there (for the last server also the way back): this server's share of the time that no server accounts
+    for, in proportion to what the links' pings took."""
+    relayed: bool = False
+    """It came through the client, because the server before it could not dial this one."""
+    codec: str | None = None
+    """How the result was sent on; None: losslessly."""
+
+    @property
+    def total_s(self) -> float:
+        return self.network_s + self.queue_s + self.compute_s
+
+
+@dataclass(frozen=True)
+class StepTiming:
+    """A step, from the client's call to its result, in seconds."""
+
+    total_s: float
+    hops: tuple[HopTiming, ...]
+
+
+def time_by_hop(
+    total_s: float, steps: Sequence[Sequence[HopTime]], peers: dict[int, str], ways_s: dict[int, float]
+) -> StepTiming:
+    """Divide `total_s` among the servers.
+
+    Args:
+        steps: what the servers said, for every piece of the step.
+        peers: the server that begins at each block.
+        ways_s: from the client to the server that begins at each block, one way.
+    """
+    hops = [hop for hop in (steps[-1] if steps else ()) if hop.start in peers]
+    queue_s = {hop.start: sum(one.queue_s for step in steps for one in step if one.start == hop.start) for hop in hops}
+    compute_s = {
+        hop.start: sum(one.compute_s for step in steps for one in step if one.start == hop.start) for hop in hops
+    }
+    rest_s = max(0.0, total_s - sum(queue_s.values()) - sum(compute_s.values()))
+    ways, before = [], None
+    for hop in hops:
+        from_client = ways_s.get(hop.start, 0.0)
+        if before is None:
+            ways.append(from_client)
+        else:
+            ways.append(before.link_s if before.link_s is not None else ways_s.get(before.start, 0.0) + from_client)
+        before = hop
+    if hops:
+        ways[-1] += ways_s.get(hops[-1].start, 0.0)
+    known = min((way for way in ways if way), default=1.0)
+    ways = [way or known for way in ways]  # no ping has come back yet
+    whole = sum(ways)
+    return StepTiming(
+        total_s,
+        tuple(
+            HopTiming(
+                peers[hop.start],
+                hop.start,
+                hop.end,
+                queue_s[hop.start],
+                compute_s[hop.start],
+                rest_s * way / whole,
+                relayed=index > 0 and hops[index - 1].link_s is None,
+                codec=hop.codec,
+            )
+            for index, (hop, way) in enumerate(zip(hops, ways, strict=True))
+        ),
+    )
