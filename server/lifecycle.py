@@ -21,8 +21,9 @@ from swarm.placement import choose_span
 from swarm.protocol.messages import LINK_PROTOCOL, STREAM_PROTOCOL
 from swarm.protocol.tensors import dtype_name
 from swarm.server.compute import ComputeThread
-from swarm.server.machine import allowed_memory, choose_device, memory_given_back
+from swarm.server.machine import allowed_memory, choose_device
 from swarm.server.plan import MemoryPlan, make_plan
+from swarm.server.resident_memory import memory_given_back, share_one_heap
 from swarm.server.sessions import SessionTable
 from swarm.server.settings import ServerSettings
 from swarm.server.streams import StreamServer
@@ -84,6 +85,7 @@ class Server:
 
     def __init__(self, settings: ServerSettings, prepared: Prepared) -> None:
         self._settings, self._prepared = settings, prepared
+        share_one_heap()
         self._compute = ComputeThread(settings.threads)
         self._leave = asyncio.Event()
         self._renew = asyncio.Event()

@@ -11,7 +11,7 @@ MIB = 1024**2
 MIN_KV_TOKENS = 2048
 """Room for one conversation: with less a server is of little use."""
 MAX_DEFAULT_KV_TOKENS = 65_536
-PROCESS_BYTES = 450 * MIB
+PROCESS_BYTES = 320 * MIB
 """The interpreter, torch, transformers and p2pd (measured: docs/benchmarks.md)."""
 WORKING_BYTES = 128 * MIB
 """Activations of the step that is being computed, frames on their way."""

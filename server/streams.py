@@ -172,6 +172,7 @@ class SessionStream:
             if self._held is not None:
                 self._server.closed(self._token)
                 self._server.table.close(self._held)
+            self._session = self._held = None  # large; and the traceback of what ended this may live for long
 
     def attach(self) -> bool:
         """A predecessor has come; returns whether it must send the session's state first."""
@@ -261,26 +262,29 @@ class SessionStream:
         except RemoteError as error:
             actions = self._session.failed(error)
         else:
+            if self._ended.is_set():
+                return
             for number, (link, _) in self._links.items():
                 self._session.link_measured(number, link.one_way_s)
             actions = self._session.computed(output, timed.queue_s, timed.compute_s)
-        if not self._ended.is_set():
-            self._act(actions)
-            await self._flush()
+        self._act(actions)
+        await self._flush()
 
     def _dial(self, number: int, link: OutgoingLink) -> None:
         assert self._tasks is not None
         self._links[number] = (link, self._tasks.create_task(self._keep_link(number, link)))
 
     async def _keep_link(self, number: int, link: OutgoingLink) -> None:
-        assert self._session is not None
-        session = self._session
+        def stands(fresh: bool) -> None:
+            assert self._session is not None
+            self._act(self._session.link_opened(number, fresh))
+
         try:
-            await link.run(lambda fresh: self._act(session.link_opened(number, fresh)))
+            await link.run(stands)
         except PeerError as error:
             logger.info("lost a link: %s", error)
-            if self._links.pop(number, None) is not None and not self._ended.is_set():
-                self._act(session.link_lost(number, str(error)))
+            if self._links.pop(number, None) is not None and self._session is not None:
+                self._act(self._session.link_lost(number, str(error)))
 
     async def _flush(self) -> None:
         self._writer.writelines(self._wire.take_outgoing())

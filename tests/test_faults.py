@@ -418,7 +418,7 @@ def run_server(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_server_command_explains_what_is_wrong(tiny: str, swarm: LocalSwarm) -> None:
     port = swarm.bootstrap.addresses[0].split("/")[4]
     for arguments, expected in [
-        (["--memory", "500MiB"], "only 500.0 MiB are allowed"),
+        (["--memory", "400MiB"], "only 400.0 MiB are allowed"),
         (["--blocks", "0:9"], "has blocks 0 to 3"),
         (["--device", "cuda:7"], "no device 'cuda:7'"),
         (["--host", "127.0.0.1", "--port", port], "Address already in use"),

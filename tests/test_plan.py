@@ -137,15 +137,15 @@ def test_the_number_of_blocks_that_a_refusal_proposes_fits_and_one_more_does_not
 
 
 def test_a_refusal_says_what_is_needed_what_is_allowed_and_what_to_do() -> None:
-    message = refusal(block_bytes=[100 * MIB] * 10, kv_bytes_per_block=1024, memory_bytes=1000 * MIB, num_blocks=10)
-    assert "10 blocks with 2,048 positions of KV cache need 1.6 GiB (of which 578.0 MiB for the program)" in message
-    assert "only 1000.0 MiB are allowed (--memory)" in message
+    message = refusal(block_bytes=[100 * MIB] * 10, kv_bytes_per_block=1024, memory_bytes=870 * MIB, num_blocks=10)
+    assert "10 blocks with 2,048 positions of KV cache need 1.5 GiB (of which 448.0 MiB for the program)" in message
+    assert "only 870.0 MiB are allowed (--memory)" in message
     assert "4 blocks would fit: --num-blocks 4." in message
     assert "--memory" in message and "--dtype" in message
 
 
 def test_a_refusal_of_a_machine_without_room_for_one_block_proposes_none() -> None:
-    message = refusal(block_bytes=[100 * MIB] * 10, kv_bytes_per_block=1024, memory_bytes=600 * MIB)
+    message = refusal(block_bytes=[100 * MIB] * 10, kv_bytes_per_block=1024, memory_bytes=470 * MIB)
     assert message.startswith("1 block with 2,048 positions") and "would fit" not in message
 
 
@@ -153,12 +153,12 @@ def test_a_refusal_of_a_long_cache_says_that_a_shorter_one_might_fit() -> None:
     room = {"block_bytes": [100 * MIB] * 4, "kv_bytes_per_block": 1024, "memory_bytes": 2000 * MIB}
     message = refusal(**room, kv_tokens=10_000_000)
     assert "with 10,000,000 positions" in message and "fewer --kv-tokens" in message
-    assert "--kv-tokens" not in refusal(**{**room, "memory_bytes": 600 * MIB})
+    assert "--kv-tokens" not in refusal(**{**room, "memory_bytes": 470 * MIB})
 
 
 def test_a_refusal_of_one_span_counts_that_span_and_not_larger_blocks() -> None:
     message = refusal(
-        block_bytes=[100 * MIB, 100 * MIB, 2000 * MIB], kv_bytes_per_block=1024, memory_bytes=700 * MIB, blocks=(0, 2)
+        block_bytes=[100 * MIB, 100 * MIB, 2000 * MIB], kv_bytes_per_block=1024, memory_bytes=570 * MIB, blocks=(0, 2)
     )
     assert needed(message) == pytest.approx(PROGRAM + 200 * MIB + 2 * 2048 * 1024, abs=MIB)
 
@@ -178,13 +178,13 @@ def test_the_cache_is_as_long_as_the_owner_wants_or_what_is_left_within_reason()
 
 
 def test_a_plan_reads_as_a_table_that_adds_up() -> None:
-    lines = make_plan([20 * MIB] * 30, 1536, 1200 * MIB, "--memory").lines()
+    lines = make_plan([20 * MIB] * 30, 1536, 1070 * MIB, "--memory").lines()
     assert [re.sub(r"\s+", " ", line.strip()) for line in lines] == [
-        "memory allowed 1.2 GiB --memory",
-        "program, buffers 578.0 MiB torch, p2pd, activations in flight",
+        "memory allowed 1.0 GiB --memory",
+        "program, buffers 448.0 MiB torch, p2pd, activations in flight",
         "weights 540.0 MiB 27 of 30 blocks",
         "KV cache, at most 82.0 MiB 2,073 positions, 1.5 KiB per block",
-        "total, at most 1.2 GiB",
+        "total, at most 1.0 GiB",
     ]
 
 

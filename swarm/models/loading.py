@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, modeling_gguf_pytorch_utils
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from swarm.errors import CorruptCheckpoint, UnsupportedFamily
@@ -52,7 +54,8 @@ def load_part(
     whole_class = model_class or model_class_of(config)
 
     def build(self: PreTrainedModel, config: PretrainedConfig) -> None:
-        whole_class.__init__(self, config)
+        with _WithoutCompiler(), no_init_weights():
+            whole_class.__init__(self, config)
         cut(self)
 
     part_class = type(whole_class.__name__, (whole_class,), {"__init__": build, "__module__": whole_class.__module__})
@@ -75,6 +78,22 @@ def load_part(
         )
     loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     return loaded
+
+
+class _WithoutCompiler(TorchFunctionMode):
+    """Where tensors are made on the meta device, make number sequences on the CPU.
+
+    Rotary embeddings compute with them, and torch computes on the meta device in Python, for which it imports its
+    compiler and SymPy: 70 MB.
+    """
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in (torch.arange, torch.linspace, torch.tensor) and kwargs.get("device") is None:
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
 
 
 class _ReportsReading:

@@ -1,0 +1,74 @@
+"""A server holds its weights and little else: what it needed to start or to load is not imported, or is given back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import save_tiny_model
+
+from swarm.server.resident_memory import _read_only_file_areas
+
+SERVER = """
+import json, sys
+import psutil, torch
+from swarm.server.lifecycle import load_span, prepare
+from swarm.server.resident_memory import memory_given_back
+from swarm.server.settings import ServerSettings
+
+def resident():
+    return psutil.Process().memory_info().rss
+
+prepared = prepare(ServerSettings(sys.argv[1], blocks=(0, 2)))
+span = load_span(prepared.checkpoint, 0, 2, dtype=prepared.dtype)
+hidden_states = torch.ones(1, 3, prepared.checkpoint.hidden_size)
+before, resident_before = span.forward(hidden_states, span.new_cache()), resident()
+with memory_given_back():
+    pass
+resident_after, after = resident(), span.forward(hidden_states, span.new_cache())
+heavy = {"torch._dynamo", "torch.distributed.tensor", "sympy", "scipy", "accelerate"} & sys.modules.keys()
+import torch._dynamo
+print(json.dumps({
+    "heavy": sorted(heavy), "given_back_mib": (resident_before - resident_after) / 2**20,
+    "same": torch.equal(before, after), "compiler": torch._dynamo.__file__,
+}))
+"""
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "bloom", "mixtral", "gpt_oss", "deepseek_v3"])
+def test_a_server_runs_without_what_it_never_uses(family: str, tmp_path: Path) -> None:
+    save_tiny_model(family, tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-c", SERVER, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["heavy"] == []
+    assert found["same"]
+    assert found["given_back_mib"] > 20 or sys.platform != "linux"
+    assert found["compiler"].endswith("__init__.py")  # who wants it gets the real one
+
+
+SMAPS = """\
+1000-3000 r-xp 00000000 08:01 12 /usr/lib/code.so
+Rss: 8 kB
+Anonymous: 0 kB
+3000-4000 r--p 00000000 08:01 12 /usr/lib/code.so
+Rss: 4 kB
+Anonymous: 4 kB
+4000-5000 rw-p 00000000 08:01 12 /usr/lib/code.so
+Anonymous: 0 kB
+5000-6000 r-xp 00000000 00:00 0                          [vdso]
+Anonymous: 0 kB
+6000-7000 r--p 00000000 00:00 0
+Anonymous: 0 kB
+7f0000000000-7f0000002000 r--s 00000000 08:01 13 /home/a name with spaces
+Anonymous: 0 kB
+"""
+
+
+def test_only_what_is_in_a_file_unchanged_is_let_go() -> None:
+    assert list(_read_only_file_areas(SMAPS)) == [(0x1000, 0x3000), (0x7F0000000000, 0x7F0000002000)]
