@@ -19,11 +19,15 @@ class Report:
     @classmethod
     def from_command_line(cls, description: str) -> Report:
         """Parse ``--quick`` and ``--json``."""
-        parser = argparse.ArgumentParser(description=description)
+        return cls.with_options(argparse.ArgumentParser(description=description))[0]
+
+    @classmethod
+    def with_options(cls, parser: argparse.ArgumentParser) -> tuple[Report, argparse.Namespace]:
+        """Likewise, with options of the benchmark's own."""
         parser.add_argument("--quick", action="store_true", help="fewer repetitions, within two minutes")
         parser.add_argument("--json", action="store_true", help="end with one JSON object on stdout")
         options = parser.parse_args()
-        return cls(options.quick, options.json)
+        return cls(options.quick, options.json), options
 
     def progress(self, text: str) -> None:
         """Say what is happening."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -108,7 +107,7 @@ class DistributedMixin(PreTrainedModel):
 
     def _attach(self, checkpoint: Checkpoint, network: Network, layers: RemoteLayers) -> None:
         # Plain attributes, not modules or parameters.
-        self.__dict__.update(_checkpoint=checkpoint, _network=network, _layers=layers, _step_lock=threading.RLock())
+        self.__dict__.update(_checkpoint=checkpoint, _network=network, _layers=layers)
         atexit.register(self.disconnect)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -157,9 +156,8 @@ class DistributedMixin(PreTrainedModel):
         def run(hidden_states: torch.Tensor) -> torch.Tensor:
             return cache.session.step(hidden_states, position_ids, mask)
 
-        with self._step_lock:
-            self._layers.run = run
-            try:
+        try:
+            with self._layers.running(run):
                 return super().forward(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
@@ -169,10 +167,9 @@ class DistributedMixin(PreTrainedModel):
                     use_cache=kept,
                     **kwargs,
                 )
-            finally:
-                self._layers.run = None
-                if past_key_values is None and not kept:
-                    cache.session.close()
+        finally:
+            if past_key_values is None and not kept:
+                cache.session.close()
 
     @torch.no_grad()
     def generate(

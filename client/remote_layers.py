@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -77,15 +79,25 @@ class _RemoteCacheLayer(DynamicLayer):  # type: ignore[misc]
 class RemoteLayers(nn.Module):
     """Called as one decoder layer; runs all of them, on servers.
 
-    The step's own inputs are set by :meth:`DistributedMixin.forward <swarm.client.model.DistributedMixin>` just
-    before, because a layer is given only what transformers made of them.
+    A layer is given only what transformers made of a step's inputs, so what runs the step is set just before
+    (:meth:`running`), for this thread alone: others may be using the model at the same time.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.run: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._run: ContextVar[Callable[[torch.Tensor], torch.Tensor]] = ContextVar("run")
+
+    @contextmanager
+    def running(self, run: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        """Within this context, hidden states go through `run`."""
+        token = self._run.set(run)
+        try:
+            yield
+        finally:
+            self._run.reset(token)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.run is None:
+        run = self._run.get(None)
+        if run is None:
             raise RuntimeError("call the model, not its inner modules: the session is set up there")
-        return self.run(hidden_states)
+        return run(hidden_states)

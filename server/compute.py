@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import heapq
-import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
+from swarm.server.schedule import Waiting, choose
+
 T = TypeVar("T")
+W = TypeVar("W")
 
 
 @dataclass(frozen=True)
@@ -25,34 +26,42 @@ class Timed:
     compute_s: float
 
 
+@dataclass(eq=False)
+class _Job:
+    waiting: Waiting
+    work: Any
+    run: Callable[[Sequence[Any]], Sequence[Any]]
+    future: asyncio.Future[Any]
+    submitted: float
+
+
 class ComputeThread:
-    """Runs functions one after another, in the order in which they were submitted; what can wait waits."""
+    """Runs functions one after another, in the order that :mod:`swarm.server.schedule` gives them."""
 
     def __init__(self, threads: int | None = None) -> None:
         self._threads = threads
-        self._waiting: list[tuple[bool, int, Callable[[], Any], asyncio.Future[Any]]] = []
-        self._count = itertools.count()
+        self._jobs: list[_Job] = []
         self._changed = threading.Condition()
         self._stopped = False
         self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
         self._thread.start()
 
-    async def run(self, work: Callable[[], T], *, can_wait: bool = False) -> tuple[T, Timed]:
-        """Run `work` on the thread. If the caller is cancelled, work that has begun still finishes.
+    async def run(self, work: Callable[[], T]) -> tuple[T, Timed]:
+        """Run `work` on the thread. If the caller is cancelled, work that has begun still finishes."""
+        return await self.run_with_others(work, lambda works: [one() for one in works], Waiting())
+
+    async def run_with_others(
+        self, work: W, run: Callable[[Sequence[W]], Sequence[T | Exception]], waiting: Waiting
+    ) -> tuple[T, Timed]:
+        """Run ``run([work])``, or as one call with works of the same group that wait at the same time.
 
         Args:
-            can_wait: run it when there is nothing else to do.
+            run: the same function for all works of a group. An exception among its results is raised for that work; one
+                that it raises, for all.
         """
-        submitted = time.perf_counter()
-
-        def timed() -> tuple[T, Timed]:
-            begun = time.perf_counter()
-            result = work()
-            return result, Timed(begun - submitted, time.perf_counter() - begun)
-
         future: asyncio.Future[tuple[T, Timed]] = asyncio.get_running_loop().create_future()
         with self._changed:
-            heapq.heappush(self._waiting, (can_wait, next(self._count), timed, future))
+            self._jobs.append(_Job(waiting, work, run, future, time.perf_counter()))
             self._changed.notify()
         return await future
 
@@ -60,26 +69,39 @@ class ComputeThread:
         """Drop what has not begun."""
         with self._changed:
             self._stopped = True
-            self._waiting.clear()
+            self._jobs.clear()
             self._changed.notify()
 
     def _work(self) -> None:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._stopped or self._waiting)
-                if self._stopped:
-                    return
-                _, _, work, future = heapq.heappop(self._waiting)
-            if future.cancelled():
-                continue
+        after_together = False
+        while jobs := self._next(after_together):
+            after_together = jobs[0].waiting.group is not None
+            begun = time.perf_counter()
             try:
-                result = work()
+                results = jobs[0].run([job.work for job in jobs])
             except BaseException as error:
-                _tell(future, future.set_exception, error)
-            else:
-                _tell(future, future.set_result, result)
+                results = [error] * len(jobs)
+            ended = time.perf_counter()
+            for job, result in zip(jobs, results, strict=True):
+                if isinstance(result, BaseException):
+                    _tell(job.future, job.future.set_exception, result)
+                else:
+                    _tell(job.future, job.future.set_result, (result, Timed(begun - job.submitted, ended - begun)))
+
+    def _next(self, after_together: bool) -> list[_Job]:
+        """Wait for jobs, and take those to run now; none if the thread is to end."""
+        with self._changed:
+            while not self._stopped:
+                self._jobs = [job for job in self._jobs if not job.future.cancelled()]
+                if self._jobs:
+                    chosen = choose([job.waiting for job in self._jobs], after_together=after_together)
+                    jobs = [self._jobs[index] for index in chosen]
+                    self._jobs = [job for job in self._jobs if job not in jobs]
+                    return jobs
+                self._changed.wait()
+            return []
 
 
 def _tell(future: asyncio.Future[Any], tell: Callable[[Any], None], what: Any) -> None:

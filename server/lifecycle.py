@@ -16,6 +16,7 @@ from swarm.dht import RENEWAL_S, Announcement, Directory, State
 from swarm.errors import PeerError, SwarmError
 from swarm.models import Checkpoint, Span, load_span, open_checkpoint
 from swarm.models.kv_size import kv_bytes_per_position
+from swarm.models.together import Together, way_together
 from swarm.models.weight_layout import lay_out_span
 from swarm.placement import choose_span
 from swarm.protocol.messages import LINK_PROTOCOL, STREAM_PROTOCOL
@@ -92,6 +93,7 @@ class Server:
         self._state = State.JOINING
         self._table: SessionTable | None = None
         self._throughput = 0.0
+        self._together: Together | None = None
         self._span_bounds = (0, 0)
         self._block_digests: tuple[str, ...] = ()
 
@@ -149,7 +151,12 @@ class Server:
         span = await self._load(checkpoint)
         plan = self._prepared.plan
         self._table = SessionTable(
-            span, checkpoint.model_digest, plan.kv_tokens, self._settings.max_sessions, plan.kept_blocks
+            span,
+            checkpoint.model_digest,
+            plan.kv_tokens,
+            self._settings.max_sessions,
+            plan.kept_blocks,
+            together=self._together,
         )
         streams = StreamServer(
             node, self._table, self._compute, checkpoint.hidden_size, span.dtype, self._settings.idle_timeout_s
@@ -180,7 +187,7 @@ class Server:
         start, end = self._span_bounds
         total = sum(checkpoint.block_elements(block) for block in range(start, end))
 
-        def load() -> tuple[Span, float, tuple[str, ...]]:
+        def load() -> tuple[Span, tuple[str, ...]]:
             with memory_given_back():
                 with tqdm(
                     total=total, unit=" weights", unit_scale=True, desc=f"Loading blocks {start} to {end - 1}"
@@ -196,9 +203,16 @@ class Server:
                 digests = checkpoint.digests.blocks if checkpoint.files.paths else ()
                 checkpoint.files.release()
                 lay_out_span(span, checkpoint.hidden_size)
-            return span, _measure_throughput(span, checkpoint.hidden_size), digests
+            self._together = way_together(span, checkpoint.hidden_size)
+            if self._together is None:
+                logger.warning(
+                    "%s models compute attention in a way of their own: sessions run one by one, not as a batch",
+                    checkpoint.config.model_type,
+                )
+            self._throughput = _measure_throughput(span, checkpoint.hidden_size)
+            return span, digests
 
-        (span, self._throughput, digests), _ = await self._compute.run(load)
+        (span, digests), _ = await self._compute.run(load)
         self._block_digests = tuple(digest[:_DIGEST_DIGITS] for digest in digests[start:end])
         return span
 

@@ -1,13 +1,15 @@
-"""The sessions that a server holds: admission by KV budget, caches, and one step at a time."""
+"""The sessions that a server holds: admission by KV budget, caches, and their steps."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from swarm.errors import BlocksNotHosted, CacheFull, CannotRollBack, Draining, WrongModel
 from swarm.models import Span, SpanCache
+from swarm.models.together import Together
 from swarm.protocol.messages import Open
 from swarm.protocol.served_session import Work
 
@@ -21,14 +23,21 @@ class HeldSession:
     batch: int
     reserved_positions: int
     """Per sequence."""
+    together: Together | None = None
+    """How single positions may run together with those of other sessions."""
     mask: torch.Tensor | None = field(default=None)
     """[batch, cached] int64, once anything was padded; None: no padding."""
 
-    def run(self, work: Work) -> torch.Tensor:
-        """Run a step on the device; the result is on the CPU. Called on the compute thread only.
+    def group(self, work: Work) -> tuple[int, int] | None:
+        """The blocks on which `work` can run together with that of other sessions; None: it must run alone."""
+        single = work.hidden_states.shape[1] == 1 and work.mask is None and self.mask is None
+        return (self.span.start, self.span.end) if self.together is not None and single else None
+
+    def prepare(self, work: Work) -> None:
+        """Take the cache to where `work` begins.
 
         Raises:
-            CannotRollBack: the cache cannot return to the step's position.
+            CannotRollBack: the cache cannot return there.
         """
         if not self.cache.roll_back(work.position):
             raise CannotRollBack(
@@ -42,15 +51,18 @@ class HeldSession:
             self.cache.reorder_cache(rows)
             self.mask = self.mask[rows] if self.mask is not None else None
         self.batch = work.hidden_states.shape[0]
+
+    def run(self, work: Work) -> torch.Tensor:
+        """Run a step on the device; the result is on the CPU. Raises as :meth:`prepare`."""
+        self.prepare(work)
         self._extend_mask(work)
-        device = self.span.device
-        output = self.span.forward(
-            work.hidden_states.to(device, self.span.dtype),
-            self.cache,
-            work.position_ids.to(device) if work.position_ids is not None else None,
-            self.mask,
-        )
-        return output.to("cpu")
+        states, ids = self.inputs(work)
+        return self.span.forward(states, self.cache, ids, self.mask).to("cpu")
+
+    def inputs(self, work: Work) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden states and position ids where and as the span takes them."""
+        device, ids = self.span.device, work.position_ids
+        return work.hidden_states.to(device, self.span.dtype), ids.to(device) if ids is not None else None
 
     def _extend_mask(self, work: Work) -> None:
         batch, count, _ = work.hidden_states.shape
@@ -62,16 +74,53 @@ class HeldSession:
         self.mask = torch.cat([past, new.to(past)], dim=1)
 
 
+def run_steps(steps: Sequence[tuple[HeldSession, Work]]) -> list[torch.Tensor | Exception]:
+    """Run a step, or steps of one :meth:`HeldSession.group` together. Called on the compute thread only.
+
+    Returns:
+        For every step its result on the CPU, or why it cannot be run (:class:`CannotRollBack`).
+    """
+    if len(steps) == 1:
+        return [held.run(work) for held, work in steps]
+    results: list[torch.Tensor | Exception] = [CannotRollBack()] * len(steps)
+    ready: list[int] = []
+    for index, (held, work) in enumerate(steps):
+        try:
+            held.prepare(work)
+            ready.append(index)
+        except CannotRollBack as error:
+            results[index] = error
+    if not ready:
+        return results
+    inputs = [(steps[index][0], *steps[index][0].inputs(steps[index][1])) for index in ready]
+    way = steps[0][0].together
+    assert way is not None
+    outputs = way.forward(steps[0][0].span, [(states, held.cache, ids) for held, states, ids in inputs])
+    for index, output in zip(ready, outputs, strict=True):
+        results[index] = output.to("cpu")
+    return results
+
+
 class SessionTable:
     """Who is here, and how much KV cache is promised to them."""
 
-    def __init__(self, span: Span, model: str, kv_tokens: int, max_sessions: int, kept_blocks: int = 0) -> None:
+    def __init__(
+        self,
+        span: Span,
+        model: str,
+        kv_tokens: int,
+        max_sessions: int,
+        kept_blocks: int = 0,
+        *,
+        together: Together | None = None,
+    ) -> None:
         """
         Args:
+            together: how single positions of different sessions can run as one batch, if they can.
             kept_blocks: what is kept of a position besides its KV cache (the activations that were sent on) takes
                 as much memory as the KV cache of so many blocks.
         """
-        self._span, self._model, self._kept_blocks = span, model, kept_blocks
+        self._span, self._model, self._kept_blocks, self._together = span, model, kept_blocks, together
         self._budget = kv_tokens * self._cost(span)
         self._max_sessions = max_sessions
         self._held: dict[int, HeldSession] = {}
@@ -105,7 +154,7 @@ class SessionTable:
         if len(self._held) >= self._max_sessions:
             raise CacheFull(f"this server holds {self._max_sessions} sessions already, which is its limit")
         part = self._span.part(request.start, request.end)
-        session = HeldSession(part, part.new_cache(), request.batch, reserved_positions=0)
+        session = HeldSession(part, part.new_cache(), request.batch, reserved_positions=0, together=self._together)
         self._reserve(session, request.batch, request.max_length)
         self._held[id(session)] = session
         return session

@@ -25,7 +25,8 @@ from swarm.protocol.tensors import dtype_name
 from swarm.protocol.wire import Wire
 from swarm.server.compute import ComputeThread, Timed
 from swarm.server.links import OutgoingLink
-from swarm.server.sessions import HeldSession, SessionTable
+from swarm.server.schedule import Waiting
+from swarm.server.sessions import HeldSession, SessionTable, run_steps
 from swarm.transport.node import Node
 
 logger = logging.getLogger(__name__)
@@ -125,7 +126,8 @@ class StreamServer:
         """
         self.table.grow(held, work)
         try:
-            output, timed = await self.compute.run(lambda: held.run(work), can_wait=can_wait)
+            waiting = Waiting(work.hidden_states.shape[0], held.group(work), can_wait)
+            output, timed = await self.compute.run_with_others((held, work), run_steps, waiting)
         except CannotRollBack:
             raise
         except (RuntimeError, ValueError, IndexError, MemoryError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,11 @@ from swarm.models import Checkpoint, open_checkpoint
 from swarm.models.local import load_whole_model
 
 QUESTION = "Write three sentences about the sea."
+
+
+def obey_ctrl_c() -> None:
+    """A ``preexec_fn``: SIGINT ends the child also if the tests run in the background, where shells have it ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

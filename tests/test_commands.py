@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import SmolLM2
+from conftest import SmolLM2, obey_ctrl_c
 
 from swarm.commands.local_swarm import LocalSwarm
 
@@ -72,7 +72,7 @@ class Interruptible:
             bufsize=0,  # nothing that it says is lost between reading it ourselves and communicate()
             env={**os.environ, "SWARM_TEST_MARK": self._mark},
             start_new_session=True,
-            preexec_fn=_obey_ctrl_c,
+            preexec_fn=obey_ctrl_c,
         )
         self._said = b""
 
@@ -114,11 +114,6 @@ class Interruptible:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.process.communicate()
-
-
-def _obey_ctrl_c() -> None:
-    """Also if the tests run in the background, where a shell has its children ignore it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture

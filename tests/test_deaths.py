@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 from conftest import QUESTION, SmolLM2
 
 from swarm.commands.local_swarm import LocalPeer, LocalSwarm
@@ -34,24 +37,25 @@ def two_servers_for_every_span(swarm: LocalSwarm, model: Any) -> Iterator[None]:
 
 
 class AtToken:
-    """A streamer that calls `action` when so many new tokens are there."""
+    """A streamer that acts when so many new tokens are there."""
 
-    def __init__(self, count: int, action: Callable[[], None]) -> None:
-        self._left, self._action = count + 1, action  # the prompt comes first
+    def __init__(self, actions: dict[int, Callable[[], None]]) -> None:
+        self._count, self._actions = -1, actions  # the prompt comes first
 
     def put(self, value: object) -> None:
-        self._left -= 1
-        if self._left == 0:
-            self._action()
+        self._count += 1
+        self._actions.get(self._count, lambda: None)()
 
     def end(self) -> None:
         pass
 
 
-def answer(model: Any, smollm2: SmolLM2, act: Callable[[Any], None], at_token: int = 15) -> tuple[Any, Any]:
-    """Generate, calling `act(session)` on the way; returns (token ids, session)."""
+def answer(
+    model: Any, smollm2: SmolLM2, act: Callable[[Any], None], late: Callable[[Any], None] = lambda _: None
+) -> tuple[Any, Any]:
+    """Generate, calling `act(session)` on the way, and `late(session)` near the end; returns (token ids, session)."""
     with model.inference_session(max_length=256) as session:
-        streamer = AtToken(at_token, lambda: act(session))
+        streamer = AtToken({15: lambda: act(session), 35: lambda: late(session)})
         ids = model.generate(
             **smollm2.chat(QUESTION),
             session=session,
@@ -153,7 +157,13 @@ def test_a_server_that_leaves_politely_hands_its_sessions_over(swarm: LocalSwarm
         leaver.append(server_of(swarm, session, 0))
         leaver[0].signal(signal.SIGTERM)
 
-    ids, session = answer(model, smollm2, ask_to_leave)
+    def wait_for_the_hand_over(session: Any) -> None:  # should the tokens have been faster
+        deadline = time.monotonic() + 30
+        while not session.recoveries:
+            assert time.monotonic() < deadline, "nobody took over"
+            time.sleep(0.05)
+
+    ids, session = answer(model, smollm2, ask_to_leave, wait_for_the_hand_over)
     assert ids.tolist() == smollm2.greedy(QUESTION, TOKENS).tolist()
     assert [lost.reason for lost in session.recoveries] == ["it is leaving"]
     assert leaver[0].process.wait(20) == 0
@@ -163,12 +173,16 @@ def test_beams_survive_a_death(swarm: LocalSwarm, model: Any, smollm2: SmolLM2) 
     options = {"do_sample": False, "num_beams": 4, "max_new_tokens": 16}
     expected = smollm2.whole.generate(**smollm2.chat(QUESTION), **options)
     with model.inference_session(max_length=256) as session:
-        settle_route(session, model, smollm2)
-        victim = server_of(swarm, session, 1)
-        killer = threading.Timer(1.5, victim.kill)
-        killer.start()
-        ids = model.generate(**smollm2.chat(QUESTION), session=session, **options)
-        killer.join()
+        steps = itertools.count(1)
+
+        def kill_at_the_eighth_step(ids: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+            if next(steps) == 8:
+                server_of(swarm, session, 1).kill()
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+        ids = model.generate(
+            **smollm2.chat(QUESTION), session=session, stopping_criteria=[kill_at_the_eighth_step], **options
+        )
     assert ids.tolist() == expected.tolist()
     assert session.recoveries[0].replayed_positions > 0
 

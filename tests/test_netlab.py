@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from conftest import obey_ctrl_c
 from tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -283,6 +284,7 @@ def test_nothing_is_left_of_a_laboratory_whose_process_dies(number: signal.Signa
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        preexec_fn=obey_ctrl_c,
     ) as owner:
         assert owner.stdout is not None
         namespace, relay = owner.stdout.readline().split()

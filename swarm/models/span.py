@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from swarm.models.checkpoint import Checkpoint
 from swarm.models.loading import load_part
@@ -110,6 +110,11 @@ class Span:
         for layer in self._layers:
             yield from (module for module in layer.modules() if isinstance(module, nn.Linear))
 
+    @property
+    def configs(self) -> tuple[PretrainedConfig, PretrainedConfig]:
+        """What the base model's loop over layers sees, and what the layers themselves see."""
+        return self._base.config, self._whole_config
+
     def part(self, start: int, end: int) -> Span:
         """The same weights, fewer blocks: ``[start, end)`` must lie within this span."""
         if not self.start <= start < end <= self.end:
@@ -126,7 +131,7 @@ class Span:
     def forward(
         self,
         hidden_states: torch.Tensor,
-        cache: SpanCache,
+        cache: Cache,
         position_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:

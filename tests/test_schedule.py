@@ -1,0 +1,70 @@
+"""What the device does next: tokens together and first, prompts in turn with them, nobody forgotten."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swarm.server.schedule import MAX_TOGETHER, Waiting, choose
+
+quick = settings(deadline=None, max_examples=300)
+WORKS = st.builds(
+    Waiting,
+    rows=st.integers(1, 40),
+    group=st.none() | st.sampled_from([(0, 2), (2, 4)]),
+    can_wait=st.booleans(),
+)
+PROMPT, TOKEN = Waiting(), Waiting(group="all")
+
+
+@given(st.lists(WORKS, min_size=1, max_size=30), st.booleans())
+@quick
+def test_what_is_chosen_can_run_as_one_batch(waiting: list[Waiting], after_together: bool) -> None:
+    chosen = choose(waiting, after_together=after_together)
+    assert chosen and chosen == sorted(set(chosen))
+    works = [waiting[index] for index in chosen]
+    assert len({work.group for work in works}) == 1
+    assert len(works) == 1 or works[0].group is not None
+    assert len(works) == 1 or sum(work.rows for work in works) <= MAX_TOGETHER
+    assert not any(work.can_wait for work in works) or all(work.can_wait for work in waiting)
+
+
+@given(st.lists(WORKS, min_size=1, max_size=30), st.lists(WORKS, max_size=30))
+@quick
+def test_everybody_has_a_turn_however_many_come_after(waiting: list[Waiting], later: list[Waiting]) -> None:
+    """Work that is urgent runs at most twice as many turns later as there was work before it."""
+    mine = next((work for work in reversed(waiting) if not work.can_wait), None)
+    if mine is None:
+        return
+    queue = [(work, work is mine) for work in waiting]
+    arriving = iter(later)
+    after_together, turns = False, 0
+    while any(is_mine for _, is_mine in queue):
+        chosen = choose([work for work, _ in queue], after_together=after_together)
+        after_together = queue[chosen[0]][0].group is not None
+        queue = [one for index, one in enumerate(queue) if index not in chosen]
+        queue += [(work, False) for work in [next(arriving, None)] if work is not None]
+        turns += 1
+    assert turns <= 2 * len(waiting)
+
+
+def test_all_tokens_run_together() -> None:
+    assert choose([TOKEN] * 5, after_together=True) == [0, 1, 2, 3, 4]
+
+
+def test_tokens_go_first_and_then_take_turns_with_prompts() -> None:
+    assert choose([PROMPT, TOKEN, PROMPT, TOKEN], after_together=False) == [1, 3]
+    assert choose([PROMPT, TOKEN, PROMPT, TOKEN], after_together=True) == [0]
+    assert choose([PROMPT, PROMPT], after_together=False) == [0]
+
+
+def test_what_can_wait_waits_and_runs_together_when_nothing_else_is_there() -> None:
+    idle = Waiting(group="all", can_wait=True)
+    assert choose([idle, PROMPT, idle], after_together=True) == [1]
+    assert choose([idle, idle], after_together=True) == [0, 1]
+
+
+def test_a_batch_that_is_too_large_alone_still_runs() -> None:
+    beams = Waiting(rows=MAX_TOGETHER + 1, group="all")
+    assert choose([beams, TOKEN], after_together=False) == [0]
+    assert choose([TOKEN, beams, TOKEN], after_together=False) == [0, 2]
