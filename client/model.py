@@ -46,6 +46,7 @@ class AutoDistributedModelForCausalLM:
         activation_codec: str | None = None,
         allowed_servers: Iterable[str] | None = None,
         blocked_servers: Iterable[str] = (),
+        quantization: str | None = None,
         any_precision: bool = False,
         allow_untested: bool = False,
     ) -> Any:
@@ -63,6 +64,7 @@ class AutoDistributedModelForCausalLM:
             activation_codec: send hidden states as ``"int8"``, ``"bfloat16"`` or ``"float16"``: less to send, and
                 not exact any more (:mod:`swarm.protocol.codec`); default: losslessly.
             allowed_servers, blocked_servers: peer ids to use only, or never.
+            quantization: use servers with ``"int8"`` weights; default: only those with unquantized ones.
             any_precision: also use servers of another precision.
 
         Returns:
@@ -86,6 +88,7 @@ class AutoDistributedModelForCausalLM:
             activation_codec=activation_codec,
             allowed_servers=tuple(allowed_servers) if allowed_servers is not None else None,
             blocked_servers=tuple(blocked_servers),
+            quantization=quantization,
             any_precision=any_precision,
         )
         network = BackgroundLoop.shared().run(Network.join(settings))

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 from swarm.client.settings import ClientSettings
-from swarm.dht import Announcement, Directory, State
+from swarm.dht import Announcement, Directory, State, precision_name
 from swarm.errors import RemoteError
 from swarm.models import Checkpoint
 from swarm.routing import HostedSpan, Leg, find_route, uncovered_blocks
@@ -29,7 +29,8 @@ class ServerView:
     """Servers of one model, as the directory and this client's own experience show them."""
 
     def __init__(self, directory: Directory, checkpoint: Checkpoint, dtype: str, settings: ClientSettings) -> None:
-        self._directory, self._checkpoint, self._dtype, self._settings = directory, checkpoint, dtype, settings
+        self._directory, self._checkpoint, self._settings = directory, checkpoint, settings
+        self._precision = precision_name(dtype, settings.quantization or "")
         self._servers: dict[str, Announcement] = {}
         self._seen_at = float("-inf")
         self._penalties: dict[str, _Penalty] = {}
@@ -99,8 +100,8 @@ class ServerView:
             return "excluded by this client's settings"
         if server.num_blocks != self._checkpoint.num_blocks:
             return f"announces {server.num_blocks} blocks instead of {self._checkpoint.num_blocks}"
-        if server.dtype != self._dtype and not self._settings.any_precision:
-            return f"computes in {server.dtype}, this client in {self._dtype} (any_precision=True allows it)"
+        if server.precision != self._precision and not self._settings.any_precision:
+            return f"computes in {server.precision}, this client wants {self._precision} (any_precision=True allows it)"
         if penalty is not None and time.monotonic() < (penalty.at_least_until if forgiving else penalty.until):
             return f"failed a moment ago: {penalty.reason}"
         if self._hosts_other_weights(server):

@@ -1,6 +1,6 @@
 """The swarm's directory on a DHT: signed, short-lived announcements."""
 
-from swarm.dht.announcement import LEASE_S, RENEWAL_S, Announcement, State
+from swarm.dht.announcement import LEASE_S, RENEWAL_S, Announcement, State, precision_name
 from swarm.dht.directory import Directory
 
-__all__ = ["LEASE_S", "RENEWAL_S", "Announcement", "Directory", "State"]
+__all__ = ["LEASE_S", "RENEWAL_S", "Announcement", "Directory", "State", "precision_name"]

@@ -52,6 +52,8 @@ class Announcement(BaseModel):
     """The first 16 hex digits of each hosted block's digest, or nothing."""
     dtype: str = Field(max_length=16)
     """The precision in which the server computes."""
+    quantization: str = Field(default="", max_length=16)
+    """What its weights were quantized to, if they were."""
     throughput: float = Field(ge=0, allow_inf_nan=False)
     """Decode steps per second through the whole span, one sequence, as measured by the server."""
     free_kv_tokens: int = Field(ge=0)
@@ -74,6 +76,11 @@ class Announcement(BaseModel):
             raise ValueError("an address or digest is too long")
         return self
 
+    @property
+    def precision(self) -> str:
+        """For people, and to compare: servers of unequal precision give unequal results."""
+        return precision_name(self.dtype, self.quantization)
+
     def hosts(self, block: int) -> bool:
         """Whether `block` lies in the span."""
         return self.start <= block < self.end
@@ -90,6 +97,11 @@ class Announcement(BaseModel):
             return cls.model_validate(msgpack.unpackb(packed, raw=False))
         except (ValidationError, msgpack.UnpackException, UnicodeDecodeError) as error:
             raise ValueError(f"not an announcement: {error}") from error
+
+
+def precision_name(dtype: str, quantization: str) -> str:
+    """How :attr:`Announcement.precision` names a precision."""
+    return f"{quantization} weights, {dtype}" if quantization else dtype
 
 
 def directory_key(model: str) -> str:

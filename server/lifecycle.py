@@ -16,6 +16,7 @@ from swarm.dht import RENEWAL_S, Announcement, Directory, State
 from swarm.errors import PeerError, SwarmError
 from swarm.models import Checkpoint, Span, load_span, open_checkpoint
 from swarm.models.kv_size import kv_bytes_per_position
+from swarm.models.quantization import SCHEMES, bytes_per_weight
 from swarm.models.together import Together, way_together
 from swarm.models.weight_layout import lay_out_span
 from swarm.placement import choose_span
@@ -68,8 +69,10 @@ def prepare(settings: ServerSettings) -> Prepared:
     device = choose_device(settings.device)
     dtype = settings.dtype or checkpoint.default_dtype
     memory_bytes, memory_from = allowed_memory(device, settings.memory_bytes)
+    if settings.quantization is not None:
+        _check_quantization(settings.quantization, checkpoint, device)
     plan = make_plan(
-        [checkpoint.block_elements(block) * dtype.itemsize for block in range(checkpoint.num_blocks)],
+        [_block_bytes(checkpoint, block, settings.quantization, dtype) for block in range(checkpoint.num_blocks)],
         kv_bytes_per_position(checkpoint.config, dtype),
         memory_bytes,
         memory_from,
@@ -79,6 +82,24 @@ def prepare(settings: ServerSettings) -> Prepared:
         kept_bytes_per_position=checkpoint.hidden_size * dtype.itemsize if device.type == "cpu" else 0,
     )
     return Prepared(checkpoint, device, dtype, plan)
+
+
+def _check_quantization(scheme: str, checkpoint: Checkpoint, device: torch.device) -> None:
+    if scheme not in SCHEMES:
+        raise ValueError(f"--quantize {scheme} is none of {', '.join(SCHEMES)}")
+    if device.type != "cpu":
+        raise ValueError(f"--quantize {scheme} is for CPUs as yet; leave it out on {device}")
+    if any("expert" in name for block in range(checkpoint.num_blocks) for name in checkpoint.tensor_names(block)):
+        raise ValueError(f"{checkpoint.name} has experts, which cannot be quantized yet; leave --quantize out")
+
+
+def _block_bytes(checkpoint: Checkpoint, block: int, quantization: str | None, dtype: torch.dtype) -> int:
+    """What a block's weights occupy once they are loaded."""
+    entries = [checkpoint.files.entries[name] for name in checkpoint.tensor_names(block)]
+    each = [
+        bytes_per_weight(quantization if len(entry.shape) == 2 else None, dtype) * entry.elements for entry in entries
+    ]
+    return int(sum(each))
 
 
 class Server:
@@ -198,12 +219,13 @@ class Server:
                         end,
                         dtype=self._prepared.dtype,
                         device=self._prepared.device,
+                        quantization=self._settings.quantization,
                         on_elements=bar.update,
                     )
                 digests = checkpoint.digests.blocks if checkpoint.files.paths else ()
                 checkpoint.files.release()
                 lay_out_span(span, checkpoint.hidden_size)
-            self._together = way_together(span, checkpoint.hidden_size)
+                self._together = way_together(span, checkpoint.hidden_size)
             if self._together is None:
                 logger.warning(
                     "%s models compute attention in a way of their own: sessions run one by one, not as a batch",
@@ -228,6 +250,7 @@ class Server:
             end=end,
             block_digests=self._block_digests,
             dtype=dtype_name(self._prepared.dtype),
+            quantization=self._settings.quantization or "",
             throughput=self._throughput,
             free_kv_tokens=self._table.free_tokens if self._table else self._prepared.plan.kv_tokens,
             sessions=len(self._table) if self._table else 0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import linecache
 import mmap
 import re
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ def memory_given_back() -> Iterator[None]:
     try:
         yield
     finally:
+        linecache.clearcache()  # transformers reads its own source
         gc.collect()
         gc.freeze()  # what is here now is here to stay; the collector need not look at it again
         with contextlib.suppress(AttributeError):

@@ -27,6 +27,8 @@ class ServerSettings:
     device: str = "auto"
     dtype: torch.dtype | None = None
     """Precision; None: that of the checkpoint."""
+    quantization: str | None = None
+    """Hold the weights as ``"int8"``; None: as they are."""
     threads: int | None = None
     """CPU threads to compute with; None: torch's choice."""
     listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)

@@ -385,7 +385,7 @@ def test_servers_that_are_excluded_or_of_another_precision_are_not_used(
     with pytest.raises(NoRoute, match="excluded by this client's settings"):
         blocked(torch.tensor([[1]]))
     other = connect(tiny, deadline_s=0.5, dtype=torch.bfloat16)
-    with pytest.raises(NoRoute, match="computes in float32, this client in bfloat16"):
+    with pytest.raises(NoRoute, match="computes in float32, this client wants bfloat16"):
         other(torch.tensor([[1]]))
     mixed = connect(tiny, dtype=torch.bfloat16, any_precision=True)
     assert mixed(torch.tensor([[1]])).logits.dtype == torch.bfloat16

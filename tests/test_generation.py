@@ -70,6 +70,27 @@ def test_a_streamer_receives_the_local_text_piece_by_piece(model: Any, smollm2: 
     assert len(pieces) > 10
 
 
+def test_eight_users_of_one_model_at_the_same_time_get_what_each_would_get_alone(model: Any, smollm2: SmolLM2) -> None:
+    questions = ["Name one colour.", QUESTION, "Why is the sky blue?", "Count to ten.", "Tell me a joke."]
+    inputs = [smollm2.chat(question) for question in questions]
+    options = {"max_new_tokens": 24, "min_new_tokens": 24, "pad_token_id": 0}
+    beams = [{"num_beams": 1}] * 5 + [{"num_beams": 3}] * 3  # sessions of one row, and of three
+    jobs = [(inputs[index % 5], {**options, **some, "do_sample": False}) for index, some in enumerate(beams)]
+    answers: dict[int, Any] = {}
+
+    def ask(index: int) -> None:
+        given, how = jobs[index]
+        answers[index] = model.generate(**given, **how)
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, (given, how) in enumerate(jobs):
+        assert answers[index].tolist() == smollm2.whole.generate(**given, **how).tolist(), how
+
+
 def test_a_second_turn_reuses_the_first_turns_cache_and_equals_local(model: Any, smollm2: SmolLM2) -> None:
     options = {"do_sample": False, "max_new_tokens": 24, "return_dict_in_generate": True}
     first = smollm2.chat("Name one colour.")

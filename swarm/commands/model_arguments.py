@@ -34,6 +34,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="send hidden states as int8, bfloat16 or float16: less to send, not exact any more (default: exactly)",
     )
+    parser.add_argument(
+        "--quantization", choices=("int8",), help="use servers with such weights (default: unquantized ones)"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="(default: 256)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="(default: 1)")
@@ -55,6 +58,7 @@ def connect(options: argparse.Namespace) -> tuple[DistributedMixin, PreTrainedTo
         chain=not options.star,
         redundancy=options.redundancy,
         activation_codec=options.activation_codec,
+        quantization=options.quantization,
     )
     return model, model.tokenizer()
 

@@ -74,13 +74,15 @@ def _run(settings: ServerSettings, output: Output) -> int:
 
 def _show_plan(settings: ServerSettings, prepared: Prepared, output: Output) -> None:
     plan = prepared.plan
-    output.say(f"Plan for {settings.model} on {prepared.device}, {dtype_name(prepared.dtype)}:")
+    weights = f", {settings.quantization} weights" if settings.quantization else ""
+    output.say(f"Plan for {settings.model} on {prepared.device}, {dtype_name(prepared.dtype)}{weights}:")
     for line in plan.lines():
         output.say(line)
     output.event(
         event="plan",
         device=str(prepared.device),
         dtype=dtype_name(prepared.dtype),
+        quantization=settings.quantization,
         num_blocks=plan.num_blocks,
         memory_bytes=plan.memory_bytes,
         weight_bytes=plan.weight_bytes,
@@ -118,6 +120,7 @@ def _settings(options: argparse.Namespace) -> ServerSettings:
         kv_tokens=options.kv_tokens,
         device=options.device,
         dtype=_DTYPES[options.dtype],
+        quantization=options.quantize,
         threads=options.threads,
         listen=listen_addresses(options.host, options.port, quic=public_network),
         announce=tuple(options.announce),
@@ -162,6 +165,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (default: auto)")
     machine.add_argument("--dtype", choices=_DTYPES, default="auto", help="precision (default: that of the checkpoint)")
+    machine.add_argument(
+        "--quantize",
+        choices=("int8",),
+        help="hold the weights in 8 bits: faster, more blocks fit; clients must ask for it (default: no)",
+    )
     machine.add_argument("--threads", type=_positive, metavar="N", help="CPU threads to compute with")
     machine.add_argument("--max-sessions", type=_positive, default=256, metavar="N", help="(default: 256)")
     network = parser.add_argument_group("network")

@@ -69,7 +69,7 @@ def _print_table(
             f"{server.throughput:.1f}",
             f"{server.free_kv_tokens:,}",
             str(server.sessions),
-            server.dtype,
+            server.precision,
             f"{max(0.0, time.time() - server.issued_at):.0f} s ago",
         )
     console = Console(stderr=output.json, width=None)

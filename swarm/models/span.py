@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from swarm.models.checkpoint import Checkpoint
 from swarm.models.loading import load_part
+from swarm.models.quantization import quantize_linears
 from swarm.models.surgery import NumberedLayers, find_base, keep_only_layers
 
 
@@ -110,10 +112,11 @@ class Span:
         for layer in self._layers:
             yield from (module for module in layer.modules() if isinstance(module, nn.Linear))
 
-    @property
-    def configs(self) -> tuple[PretrainedConfig, PretrainedConfig]:
-        """What the base model's loop over layers sees, and what the layers themselves see."""
-        return self._base.config, self._whole_config
+    @cached_property
+    def configs(self) -> tuple[PretrainedConfig, ...]:
+        """All that the base model's loop over layers, and the layers themselves, look at."""
+        found = [module.config for layer in self._layers for module in layer.modules() if hasattr(module, "config")]
+        return tuple({id(config): config for config in (self._base.config, *found)}.values())
 
     def part(self, start: int, end: int) -> Span:
         """The same weights, fewer blocks: ``[start, end)`` must lie within this span."""
@@ -180,11 +183,14 @@ def load_span(
     *,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
+    quantization: str | None = None,
     on_elements: Callable[[int], object] = lambda _: None,
 ) -> Span:
     """Read the weights of blocks ``[start, end)``, check them against known digests, and make them runnable.
 
     Args:
+        quantization: of the linear layers (:mod:`swarm.models.quantization`); done block by block, so that no more
+            than one block is in memory as it was.
         on_elements: called with the number of elements of every tensor that was read, for a progress bar.
 
     Raises:
@@ -195,15 +201,34 @@ def load_span(
         raise ValueError(f"[{start}, {end}) is not a span of a model with {checkpoint.num_blocks} blocks")
     for block in range(start, end):
         checkpoint.verify(block)
-    names = [name for block in range(start, end) for name in checkpoint.tensor_names(block)]
     config = copy.deepcopy(checkpoint.config)
     config.tie_word_embeddings = False  # there is neither an embedding nor a head here
+    layers: list[nn.Module] = []
+    pieces = [(start, end)] if quantization is None else [(block, block + 1) for block in range(start, end)]
+    for piece in pieces:
+        base, some = _load_layers(checkpoint, config, *piece, dtype, device, on_elements)
+        for layer in some if quantization is not None else []:
+            quantize_linears(layer, quantization)
+        layers += some
+    return Span.over(base, layers, start, base.config)
+
+
+def _load_layers(
+    checkpoint: Checkpoint,
+    config: PretrainedConfig,
+    start: int,
+    end: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    on_elements: Callable[[int], object],
+) -> tuple[PreTrainedModel, list[nn.Module]]:
+    names = [name for block in range(start, end) for name in checkpoint.tensor_names(block)]
     model = load_part(
         checkpoint, config, names, lambda whole: keep_only_layers(whole, start, end), dtype, device, on_elements
     )
     base = find_base(model)
     layers = next(child for child in base.children() if isinstance(child, NumberedLayers))
-    return Span.over(base, list(layers.children()), start, base.config)
+    return base, list(layers.children())
 
 
 def _cut_config(config: PretrainedConfig, start: int, end: int) -> PretrainedConfig:

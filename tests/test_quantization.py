@@ -1,0 +1,154 @@
+"""Weights in 8 bits: close to what they were, the same in any batch, and used only by clients who want them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import QUESTION, SmolLM2
+from test_families import logits_through_spans, spans_of, steps_of
+from tiny_models import save_tiny_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from swarm.commands.local_swarm import LocalSwarm
+from swarm.errors import NoRoute
+from swarm.models import load_span, open_checkpoint
+from swarm.models.quantization import SCHEMES, bytes_per_weight, quantize_linears
+from swarm.models.together import way_together
+from swarm.server.lifecycle import prepare
+from swarm.server.settings import ServerSettings
+
+WORST = {"int8": 0.02}
+"""Relative error of one layer's output."""
+AMPLIFIED = {"int8": 0.2}
+"""And of the logits of a random model, whose layers amplify noise."""
+
+
+def linear(inputs: int, outputs: int, *, bias: bool = False, seed: int = 0) -> nn.Linear:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
+
+
+def quantized(layer: nn.Module, scheme: str) -> nn.Module:
+    holder = nn.ModuleDict({"layer": layer})
+    quantize_linears(holder, scheme)
+    return holder["layer"]
+
+
+def states(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_quantized_layer_comes_close(scheme: str, bias: bool, dtype: torch.dtype) -> None:
+    layer, hidden = linear(128, 64, bias=bias), states(2, 3, 128)
+    expected = layer(hidden)
+    found = quantized(layer.to(dtype), scheme)(hidden.to(dtype))
+    assert found.dtype == dtype and found.shape == expected.shape
+    assert (found.float() - expected).norm() < (WORST[scheme] + (dtype != torch.float32) * 0.02) * expected.norm()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_quantized_layer_takes_the_bytes_that_the_plan_counts(scheme: str) -> None:
+    layer = quantized(linear(512, 256), scheme)
+    held = sum(weight.numel() * weight.element_size() for weight in layer.parameters())
+    assert held == pytest.approx(bytes_per_weight(scheme, torch.float32) * 512 * 256, rel=0.02)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 64])
+def test_a_row_is_the_same_in_whatever_batch_it_comes(rows: int) -> None:
+    layer, hidden = quantized(linear(192, 96), "int8"), states(rows, 192)
+    together = layer(hidden)
+    for row in range(rows):
+        assert torch.equal(layer(hidden[row : row + 1]), together[row : row + 1])
+
+
+def test_layers_that_share_their_input_do_not_mistake_it() -> None:
+    seeds = {"query": 0, "key": 5, "down": 6}
+    holder = nn.ModuleDict({name: linear(64, 32, seed=seed) for name, seed in seeds.items()})
+    alone = {name: quantized(linear(64, 32, seed=seed), "int8") for name, seed in seeds.items()}
+    quantize_linears(holder, "int8")
+    one, other = states(2, 64), states(2, 64, seed=2)
+    for name, hidden in [("query", one), ("key", one), ("down", other), ("query", other), ("query", one)]:
+        assert torch.equal(holder[name](hidden), alone[name](hidden))
+
+
+def test_weights_of_zero_and_rows_of_zero_stay_zero() -> None:
+    layer = linear(64, 32)
+    layer.weight[3] = 0
+    for scheme in SCHEMES:
+        output = quantized(layer, scheme)(torch.cat([torch.zeros(1, 64), states(1, 64)]))
+        assert output.isfinite().all()
+        assert output[0].abs().max() == 0 and output[:, 3].abs().max() == 0
+
+
+def test_the_linear_layers_of_gpt2_lie_the_other_way_round() -> None:
+    layer = Conv1D(96, 64).requires_grad_(False)
+    hidden = states(2, 64)
+    expected = layer(hidden)
+    assert (quantized(layer, "int8")(hidden) - expected).norm() < WORST["int8"] * expected.norm()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "bloom", "falcon", "phi3", "stablelm"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_spans_of_a_quantized_model_join_where_the_whole_would_run(family: str, scheme: str, tmp_path: Path) -> None:
+    save_tiny_model(family, tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+
+    def spans(*cuts: tuple[int, int]) -> list[Any]:
+        return [load_span(checkpoint, *cut, dtype=torch.float32, quantization=scheme) for cut in cuts]
+
+    steps = steps_of([9, 1, 1])
+    exact = logits_through_spans(checkpoint, spans_of(checkpoint, [(0, 4)]), steps)
+    whole = logits_through_spans(checkpoint, spans((0, 4)), steps)
+    in_two = logits_through_spans(checkpoint, spans((0, 1), (1, 4)), steps)
+    for one, two, unquantized in zip(whole, in_two, exact, strict=True):
+        torch.testing.assert_close(two, one, atol=1e-5, rtol=1e-5)
+        assert 0 < (one - unquantized).norm() < AMPLIFIED[scheme] * unquantized.norm()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_quantized_sessions_run_together(scheme: str, tmp_path: Path) -> None:
+    save_tiny_model("llama", tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    span = load_span(checkpoint, 0, 4, dtype=torch.float32, quantization=scheme)
+    assert way_together(span, checkpoint.hidden_size) is not None
+
+
+def test_the_plan_counts_quantized_weights() -> None:
+    plans = {
+        scheme: prepare(ServerSettings("smollm2", blocks=(0, 15), quantization=scheme)).plan
+        for scheme in (None, *SCHEMES)
+    }
+    exact = plans[None].weight_bytes
+    assert 0.24 < plans["int8"].weight_bytes / exact < 0.26
+
+
+def test_experts_and_unknown_schemes_are_refused(tmp_path: Path) -> None:
+    save_tiny_model("mixtral", tmp_path)
+    with pytest.raises(ValueError, match="has experts, which cannot be quantized yet"):
+        prepare(ServerSettings(str(tmp_path), quantization="int8"))
+    with pytest.raises(ValueError, match="int9 is none of int8"):
+        prepare(ServerSettings("smollm2", quantization="int9"))
+
+
+def test_only_clients_who_ask_for_quantized_weights_use_them(
+    swarm: LocalSwarm, connect: Callable[..., Any], smollm2: SmolLM2
+) -> None:
+    for span in ("0:15", "15:30"):
+        swarm.start_server("smollm2", "--blocks", span, "--threads", "1", "--quantize", "int8")
+    options = {**smollm2.chat(QUESTION), "do_sample": False, "max_new_tokens": 16, "min_new_tokens": 16}
+    with pytest.raises(NoRoute, match="computes in int8 weights, float32, this client wants float32"):
+        connect("smollm2", deadline_s=0.5).generate(**options)
+    ids = connect("smollm2", quantization="int8").generate(**options)
+    local = copy.deepcopy(smollm2.whole)
+    quantize_linears(local.model.layers, "int8")
+    assert ids.tolist() == local.generate(**options).tolist()
