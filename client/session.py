@@ -294,8 +294,11 @@ class Session:
                 return self._do(self._machine.route_found(tuple(self._place(leg) for leg in legs)))
 
     async def _find_standby(self, wanted: FindStandby) -> None:
-        await self._view.refresh(max_age_s=_VIEW_AGE_S)
-        leg = self._view.standby(wanted.start, wanted.end, without=wanted.without, salt=self._salt)
+        for max_age_s in (_VIEW_AGE_IN_RECOVERY_S, _VIEW_AGE_S):  # a look-up slows tokens down
+            await self._view.refresh(max_age_s=max_age_s)
+            leg = self._view.standby(wanted.start, wanted.end, without=wanted.without, salt=self._salt)
+            if leg is not None:
+                break
         if leg is not None:
             self._do(self._machine.standby_found(wanted.start, self._place(leg)))
         elif wanted.leaving is not None and self._view.route(
