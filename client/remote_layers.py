@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -85,19 +85,20 @@ class RemoteLayers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._run: ContextVar[Callable[[torch.Tensor], torch.Tensor]] = ContextVar("run")
+        # Not a context variable: the session's own tasks would inherit it, and keep the session alive for ever.
+        self._of_thread = threading.local()
 
     @contextmanager
     def running(self, run: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
         """Within this context, hidden states go through `run`."""
-        token = self._run.set(run)
+        self._of_thread.run = run
         try:
             yield
         finally:
-            self._run.reset(token)
+            self._of_thread.run = None
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        run = self._run.get(None)
+        run: Callable[[torch.Tensor], torch.Tensor] | None = getattr(self._of_thread, "run", None)
         if run is None:
             raise RuntimeError("call the model, not its inner modules: the session is set up there")
         return run(hidden_states)
