@@ -19,7 +19,7 @@ import torch
 from swarm.client.server_view import ServerView
 from swarm.client.settings import ClientSettings
 from swarm.client.timing import HopTiming, StepTiming, time_by_hop
-from swarm.errors import REMOTE_ERRORS, CannotRollBack, NoRoute, PeerError, RemoteError, SessionClosed
+from swarm.errors import REMOTE_ERRORS, NoRoute, PeerError, RemoteError, SessionClosed
 from swarm.models import Checkpoint
 from swarm.protocol.messages import MAX_STEP_POSITIONS, STREAM_PROTOCOL, Close, Message, Open, Refusal
 from swarm.protocol.routed_session import (
@@ -344,9 +344,8 @@ class Session:
         try:
             await stream.run(heard)
         except (PeerError, RemoteError) as error:
-            if not isinstance(error, CannotRollBack):  # that one is well; it only needs the session anew
-                logger.info("lost %s: %s", stream.peer_id, error)
-                self._view.penalize(stream.peer_id, error)
+            logger.info("lost %s: %s", stream.peer_id, error)
+            self._view.penalize(stream.peer_id, error)
             self._do(self._machine.lost(hop, str(error), time.monotonic()))
 
     def _close(self, hop: int) -> None:

@@ -41,6 +41,7 @@ class ComputeThread:
     def __init__(self, threads: int | None = None) -> None:
         self._threads = threads
         self._jobs: list[_Job] = []
+        self._soon: list[Callable[[], object]] = []
         self._changed = threading.Condition()
         self._stopped = False
         self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
@@ -64,6 +65,12 @@ class ComputeThread:
             self._jobs.append(_Job(waiting, work, run, future, time.perf_counter()))
             self._changed.notify()
         return await future
+
+    def soon(self, errand: Callable[[], object]) -> None:
+        """Have `errand` run on the thread before any work that is asked for later. Quick, and never fails."""
+        with self._changed:
+            self._soon.append(errand)
+            self._changed.notify()
 
     def stop(self) -> None:
         """Drop what has not begun."""
@@ -94,6 +101,9 @@ class ComputeThread:
         """Wait for jobs, and take those to run now; none if the thread is to end."""
         with self._changed:
             while not self._stopped:
+                for errand in self._soon:
+                    errand()
+                self._soon.clear()
                 self._jobs = [job for job in self._jobs if not job.future.cancelled()]
                 if self._jobs:
                     chosen = choose([job.waiting for job in self._jobs], after_together=after_together)

@@ -15,7 +15,10 @@ from swarm import __version__
 from swarm.dht import RENEWAL_S, Announcement, Directory, State
 from swarm.errors import PeerError, SwarmError
 from swarm.models import Checkpoint, Span, load_span, open_checkpoint
+from swarm.models.fast_blocks import FastBlocks, fuse_projections
 from swarm.models.kv_size import kv_bytes_per_position
+from swarm.models.paged_cache import PagePool
+from swarm.models.pages import pages_for
 from swarm.models.quantization import SCHEMES, bytes_per_weight
 from swarm.models.together import Together, way_together
 from swarm.models.weight_layout import lay_out_span
@@ -36,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 _DIGEST_DIGITS = 16
 _WARM_UP_STEPS = 5
+_KEPT_COPIES = 2
+"""Of every position's activations: in the session's history, and beside a page that is remembered."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ def prepare(settings: ServerSettings) -> Prepared:
         blocks=settings.blocks,
         num_blocks=settings.num_blocks,
         kv_tokens=settings.kv_tokens,
-        kept_bytes_per_position=checkpoint.hidden_size * dtype.itemsize if device.type == "cpu" else 0,
+        kept_bytes_per_position=_KEPT_COPIES * checkpoint.hidden_size * dtype.itemsize if device.type == "cpu" else 0,
     )
     return Prepared(checkpoint, device, dtype, plan)
 
@@ -171,13 +176,9 @@ class Server:
     ) -> None:
         span = await self._load(checkpoint)
         plan = self._prepared.plan
+        pool = PagePool.for_span(span, checkpoint.hidden_size, pages_for(plan.kv_tokens))
         self._table = SessionTable(
-            span,
-            checkpoint.model_digest,
-            plan.kv_tokens,
-            self._settings.max_sessions,
-            plan.kept_blocks,
-            together=self._together,
+            span, checkpoint.model_digest, pool, self._settings.max_sessions, together=self._together
         )
         streams = StreamServer(
             node, self._table, self._compute, checkpoint.hidden_size, span.dtype, self._settings.idle_timeout_s
@@ -224,8 +225,9 @@ class Server:
                     )
                 digests = checkpoint.digests.blocks if checkpoint.files.paths else ()
                 checkpoint.files.release()
+                fuse_projections(span)
                 lay_out_span(span, checkpoint.hidden_size)
-                self._together = way_together(span, checkpoint.hidden_size)
+                self._together = way_together(span, checkpoint.hidden_size, FastBlocks.of(span))
             if self._together is None:
                 logger.warning(
                     "%s models compute attention in a way of their own: sessions run one by one, not as a batch",

@@ -34,12 +34,8 @@ class MemoryPlan:
     """Blocks to host."""
     model_blocks: int
     kept_bytes_per_token: int = 0
-    """Activations that were sent on, kept to bring a replacement of the next server up to date; in this memory."""
-
-    @property
-    def kept_blocks(self) -> int:
-        """What is kept of a position takes as much memory as the KV cache of so many blocks."""
-        return -(-self.kept_bytes_per_token * self.num_blocks // self.kv_bytes_per_token)
+    """Activations that are kept in this memory: what was sent on, to bring a replacement of the next server up to date,
+    and what belongs to pages of KV cache that are remembered."""
 
     @property
     def kept_bytes(self) -> int:
@@ -61,7 +57,7 @@ class MemoryPlan:
             ("program, buffers", PROCESS_BYTES + WORKING_BYTES, "torch, p2pd, activations in flight"),
             ("weights", self.weight_bytes, f"{self.num_blocks} of {self.model_blocks} blocks"),
             ("KV cache, at most", self.kv_bytes, f"{self.kv_tokens:,} positions, {size(per_block)} per block"),
-            ("kept for recovery", self.kept_bytes, "at most: activations, to bring a next server up to date"),
+            ("kept activations", self.kept_bytes, "at most: for recovery, and for prompts that begin alike"),
             ("total, at most", self.total_bytes, ""),
         ]  # fmt: skip
         rows = [row for row in rows if row[1]]
@@ -87,7 +83,7 @@ def make_plan(
         blocks: the span that the owner wants; None: as many blocks as fit.
         num_blocks: as many as the owner wants, if `blocks` is None.
         kv_tokens: as many positions as the owner wants; None: what is left, within reason.
-        kept_bytes_per_position: of the activations that are kept for recovery, if that is the same memory.
+        kept_bytes_per_position: of the activations that are kept, if that is the same memory.
 
     Raises:
         InsufficientMemory: it does not fit; says how much is missing and what would fit.

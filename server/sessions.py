@@ -1,4 +1,4 @@
-"""The sessions that a server holds: admission by KV budget, caches, and their steps."""
+"""The sessions that a server holds: admission by pages of KV cache, and their steps."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from swarm.errors import BlocksNotHosted, CacheFull, CannotRollBack, Draining, WrongModel
-from swarm.models import Span, SpanCache
+from swarm.errors import BlocksNotHosted, CacheFull, Draining, WrongModel
+from swarm.models import Span
+from swarm.models.paged_cache import PagedCache, PagePool
+from swarm.models.pages import PAGE, pages_for
 from swarm.models.together import Together
 from swarm.protocol.messages import Open
 from swarm.protocol.served_session import Work
@@ -19,7 +21,7 @@ class HeldSession:
     """One client's session on this server. Its cache belongs to the compute thread."""
 
     span: Span
-    cache: SpanCache
+    cache: PagedCache
     batch: int
     reserved_positions: int
     """Per sequence."""
@@ -34,16 +36,8 @@ class HeldSession:
         return (self.span.start, self.span.end) if self.together is not None and single else None
 
     def prepare(self, work: Work) -> None:
-        """Take the cache to where `work` begins.
-
-        Raises:
-            CannotRollBack: the cache cannot return there.
-        """
-        if not self.cache.roll_back(work.position):
-            raise CannotRollBack(
-                f"this model's sliding-window layers have forgotten what position {work.position} needs "
-                f"(the cache ends at {self.cache.length})"
-            )
+        """Take the cache to where `work` begins."""
+        self.cache.roll_back(work.position)
         if self.mask is not None:
             self.mask = self.mask[:, : work.position] if work.position else None
         if work.reorder is not None:
@@ -53,16 +47,38 @@ class HeldSession:
         self.batch = work.hidden_states.shape[0]
 
     def run(self, work: Work) -> torch.Tensor:
-        """Run a step on the device; the result is on the CPU. Raises as :meth:`prepare`."""
+        """Run a step on the device; the result is on the CPU.
+
+        Positions that the server has computed before, for whomever, with the same before them, are not computed again.
+        """
         self.prepare(work)
         self._extend_mask(work)
-        states, ids = self.inputs(work)
-        return self.span.forward(states, self.cache, ids, self.mask).to("cpu")
+        if self.mask is not None:
+            return self._compute(work, 0)
+        known = self.cache.reuse(work.hidden_states, work.position_ids)
+        done = known.shape[1] if known is not None else 0
+        if done == work.hidden_states.shape[1]:
+            assert known is not None
+            return known
+        output = self._compute(work, done)
+        self.remember(work, output, done)
+        return torch.cat([known, output], dim=1) if known is not None else output
 
-    def inputs(self, work: Work) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Hidden states and position ids where and as the span takes them."""
+    def inputs(self, work: Work, begin: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden states and position ids where and as the span takes them, from the position `begin` of `work` on."""
         device, ids = self.span.device, work.position_ids
-        return work.hidden_states.to(device, self.span.dtype), ids.to(device) if ids is not None else None
+        states = work.hidden_states[:, begin:].to(device, self.span.dtype)
+        return states, ids[:, begin:].to(device) if ids is not None else None
+
+    def remember(self, work: Work, output: torch.Tensor, begin: int = 0) -> None:
+        """Let others reuse what was computed of `work`, from its position `begin` on."""
+        ids = work.position_ids[:, begin:] if work.position_ids is not None else None
+        self.cache.remember(work.hidden_states[:, begin:], ids, output, work.position + begin)
+
+    def _compute(self, work: Work, begin: int) -> torch.Tensor:
+        states, ids = self.inputs(work, begin)
+        self.cache.begin(*states.shape[:2])
+        return self.span.forward(states, self.cache, ids, self.mask).to("cpu")
 
     def _extend_mask(self, work: Work) -> None:
         batch, count, _ = work.hidden_states.shape
@@ -74,54 +90,38 @@ class HeldSession:
         self.mask = torch.cat([past, new.to(past)], dim=1)
 
 
-def run_steps(steps: Sequence[tuple[HeldSession, Work]]) -> list[torch.Tensor | Exception]:
+def run_steps(steps: Sequence[tuple[HeldSession, Work]]) -> list[torch.Tensor]:
     """Run a step, or steps of one :meth:`HeldSession.group` together. Called on the compute thread only.
 
     Returns:
-        For every step its result on the CPU, or why it cannot be run (:class:`CannotRollBack`).
+        The result of every step, on the CPU.
     """
-    if len(steps) == 1:
+    first, _ = steps[0]
+    alone = first.group(steps[0][1]) is None or first.together is None or not first.together.runs_one_faster
+    if len(steps) == 1 and alone:
         return [held.run(work) for held, work in steps]
-    results: list[torch.Tensor | Exception] = [CannotRollBack()] * len(steps)
-    ready: list[int] = []
-    for index, (held, work) in enumerate(steps):
-        try:
-            held.prepare(work)
-            ready.append(index)
-        except CannotRollBack as error:
-            results[index] = error
-    if not ready:
-        return results
-    inputs = [(steps[index][0], *steps[index][0].inputs(steps[index][1])) for index in ready]
-    way = steps[0][0].together
-    assert way is not None
-    outputs = way.forward(steps[0][0].span, [(states, held.cache, ids) for held, states, ids in inputs])
-    for index, output in zip(ready, outputs, strict=True):
-        results[index] = output.to("cpu")
+    for held, work in steps:
+        held.prepare(work)
+    inputs = [(held.cache, *held.inputs(work)) for held, work in steps]
+    assert first.together is not None
+    outputs = first.together.forward(first.span, [(states, cache, ids) for cache, states, ids in inputs])
+    results = [output.to("cpu") for output in outputs]
+    for (held, work), result in zip(steps, results, strict=True):
+        held.remember(work, result)
     return results
 
 
 class SessionTable:
-    """Who is here, and how much KV cache is promised to them."""
+    """Who is here, and how many pages of KV cache are promised to them."""
 
     def __init__(
-        self,
-        span: Span,
-        model: str,
-        kv_tokens: int,
-        max_sessions: int,
-        kept_blocks: int = 0,
-        *,
-        together: Together | None = None,
+        self, span: Span, model: str, pool: PagePool, max_sessions: int, *, together: Together | None = None
     ) -> None:
         """
         Args:
             together: how single positions of different sessions can run as one batch, if they can.
-            kept_blocks: what is kept of a position besides its KV cache (the activations that were sent on) takes
-                as much memory as the KV cache of so many blocks.
         """
-        self._span, self._model, self._kept_blocks, self._together = span, model, kept_blocks, together
-        self._budget = kv_tokens * self._cost(span)
+        self._span, self._model, self._pool, self._together = span, model, pool, together
         self._max_sessions = max_sessions
         self._held: dict[int, HeldSession] = {}
         self.draining = False
@@ -131,8 +131,8 @@ class SessionTable:
 
     @property
     def free_tokens(self) -> int:
-        """Positions of KV cache on the whole span that are promised to nobody."""
-        return max(0, self._budget - self._promised()) // self._cost(self._span)
+        """Positions of KV cache that are promised to nobody."""
+        return max(0, len(self._pool.pages) - self._promised()) * PAGE
 
     def open(self, request: Open) -> HeldSession:
         """Make room for a session.
@@ -154,7 +154,8 @@ class SessionTable:
         if len(self._held) >= self._max_sessions:
             raise CacheFull(f"this server holds {self._max_sessions} sessions already, which is its limit")
         part = self._span.part(request.start, request.end)
-        session = HeldSession(part, part.new_cache(), request.batch, reserved_positions=0, together=self._together)
+        cache = self._pool.new_cache(request.start, request.end, request.max_length)
+        session = HeldSession(part, cache, request.batch, reserved_positions=0, together=self._together)
         self._reserve(session, request.batch, request.max_length)
         self._held[id(session)] = session
         return session
@@ -171,27 +172,18 @@ class SessionTable:
             self._reserve(session, batch, needed)
 
     def close(self, session: HeldSession) -> None:
-        """Free what a session held."""
+        """Promise what a session held to others; its cache must be released before they come to use it."""
         self._held.pop(id(session), None)
 
     def _reserve(self, session: HeldSession, batch: int, positions: int) -> None:
-        cost = self._cost(session.span)
-        wanted = batch * positions * cost
-        free = self._budget - self._promised(but=session)
-        if wanted > free:
+        everything = len(self._pool.pages)
+        free = max(0, everything - self._promised(but=session))
+        if batch * pages_for(positions) > free:
             raise CacheFull(
-                f"{batch} × {positions} positions of KV cache are more than the {max(0, free) // cost} that are "
-                f"free on this server (of {self._budget // cost}); try again later, or ask for a shorter session"
+                f"{batch} × {positions} positions of KV cache are more than the {free * PAGE} that are "
+                f"free on this server (of {everything * PAGE}); try again later, or ask for a shorter session"
             )
         session.batch, session.reserved_positions = batch, positions
 
     def _promised(self, but: HeldSession | None = None) -> int:
-        return sum(
-            held.batch * held.reserved_positions * self._cost(held.span)
-            for held in self._held.values()
-            if held is not but
-        )
-
-    def _cost(self, span: Span) -> int:
-        """Of one position on `span`, in blocks of KV cache."""
-        return span.end - span.start + self._kept_blocks
+        return sum(held.batch * pages_for(held.reserved_positions) for held in self._held.values() if held is not but)

@@ -8,7 +8,7 @@ import logging
 
 import torch
 
-from swarm.errors import CacheFull, CannotRollBack, PeerError, ProtocolError, RemoteError, ServerFault
+from swarm.errors import CacheFull, PeerError, ProtocolError, RemoteError, ServerFault
 from swarm.protocol.messages import Attach, Attached, Drain, Message, Open, Opened, Refusal
 from swarm.protocol.served_session import (
     Action,
@@ -128,8 +128,6 @@ class StreamServer:
         try:
             waiting = Waiting(work.hidden_states.shape[0], held.group(work), can_wait)
             output, timed = await self.compute.run_with_others((held, work), run_steps, waiting)
-        except CannotRollBack:
-            raise
         except (RuntimeError, ValueError, IndexError, MemoryError) as error:
             # One session's failure (out of memory above all) must not end the others'.
             logger.exception("a step failed")
@@ -174,6 +172,7 @@ class SessionStream:
             if self._held is not None:
                 self._server.closed(self._token)
                 self._server.table.close(self._held)
+                self._server.compute.soon(self._held.cache.release)
             self._session = self._held = None  # large; and the traceback of what ended this may live for long
 
     def attach(self) -> bool:

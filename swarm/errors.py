@@ -18,7 +18,6 @@
     │   ├── WrongModel              it hosts other weights
     │   ├── BlocksNotHosted         it does not host (any longer) what was asked
     │   ├── CacheFull               no room for this session's KV cache
-    │   ├── CannotRollBack          its cache cannot forget the last positions
     │   ├── Draining                it takes no new session
     │   └── ServerFault             its computation failed
     ├── NoRoute                     some block has no server, until the deadline
@@ -100,12 +99,6 @@ class CacheFull(RemoteError):
     code = "cache_full"
 
 
-class CannotRollBack(RemoteError):
-    """The server's cache cannot return to the position that was asked for."""
-
-    code = "cannot_roll_back"
-
-
 class Draining(RemoteError):
     """The server is leaving and takes no new session."""
 
@@ -127,7 +120,6 @@ class SessionClosed(SwarmError):
 
 
 REMOTE_ERRORS: dict[str, type[RemoteError]] = {
-    error.code: error
-    for error in (WrongModel, BlocksNotHosted, CacheFull, CannotRollBack, Draining, ServerFault, RemoteError)
+    error.code: error for error in (WrongModel, BlocksNotHosted, CacheFull, Draining, ServerFault, RemoteError)
 }
 """The refusals that travel on the wire, by code."""

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from tiny_models import save_tiny_model
 
-from swarm.errors import BlocksNotHosted, CacheFull, CannotRollBack, Draining, WrongModel
+from swarm.errors import BlocksNotHosted, CacheFull, Draining, WrongModel
 from swarm.models import Span, load_span, open_checkpoint
+from swarm.models.paged_cache import PagePool
+from swarm.models.pages import PAGE, pages_for
 from swarm.protocol.messages import Open, Step
 from swarm.protocol.served_session import Work
 from swarm.server.sessions import HeldSession, SessionTable
@@ -39,8 +41,8 @@ def sliding_span(tmp_path_factory: pytest.TempPathFactory) -> Span:
     return load("mistral", tmp_path_factory.mktemp("mistral"))
 
 
-def table_for(span: Span, kv_tokens: int = 100, max_sessions: int = 8, kept_blocks: int = 0) -> SessionTable:
-    return SessionTable(span, MODEL, kv_tokens, max_sessions, kept_blocks=kept_blocks)
+def table_for(span: Span, pages: int = 10, max_sessions: int = 8) -> SessionTable:
+    return SessionTable(span, MODEL, PagePool.for_span(span, HIDDEN, pages), max_sessions)
 
 
 def request(batch: int = 1, max_length: int = 10, start: int = START, end: int = END, model: str = MODEL) -> Open:
@@ -68,42 +70,21 @@ def states(batch: int, count: int, seed: int = 0) -> torch.Tensor:
 # Admission
 
 
-def test_a_session_reserves_what_it_asks_for_and_frees_it_when_it_closes(span: Span) -> None:
+def test_a_session_reserves_whole_pages_and_frees_them_when_it_closes(span: Span) -> None:
     table = table_for(span)
-    session = table.open(request(batch=2, max_length=30))
-    assert (len(table), table.free_tokens) == (1, 40)
+    session = table.open(request(batch=2, max_length=PAGE + 1))
+    assert (len(table), table.free_tokens) == (1, 6 * PAGE)
     table.close(session)
     table.close(session)
-    assert (len(table), table.free_tokens) == (0, 100)
+    assert (len(table), table.free_tokens) == (0, 10 * PAGE)
 
 
-def test_a_session_on_part_of_the_span_takes_part_of_the_room(span: Span) -> None:
+def test_a_session_on_part_of_the_span_runs_that_part_and_takes_pages_as_any(span: Span) -> None:
     table = table_for(span)
     session = table.open(request(max_length=90, start=2, end=3))
-    assert table.free_tokens == 70
+    assert table.free_tokens == 4 * PAGE
     assert (session.span.start, session.span.end) == (2, 3)
-
-
-def test_what_is_kept_of_a_position_costs_every_session_the_same_on_however_few_blocks(span: Span) -> None:
-    table = table_for(span, kept_blocks=2)  # 100 positions of 3 + 2
-    assert table.free_tokens == 100
-    part = table.open(request(max_length=50, start=2, end=3))  # of 1 + 2
-    assert table.free_tokens == 70
-    whole = table.open(request(batch=2, max_length=35))
-    assert table.free_tokens == 0
-    table.close(part)
-    with pytest.raises(CacheFull, match=r"1 × 51 positions .* the 50 that are free on this server \(of 166\)"):
-        table.open(request(max_length=51, start=2, end=3))
-    table.close(whole)
-    assert table.free_tokens == 100
-
-
-def test_a_session_that_grows_pays_for_what_is_kept_too(span: Span) -> None:
-    table = table_for(span, kept_blocks=3)
-    session = table.open(request(max_length=10, start=1, end=2))
-    assert table.free_tokens == 100 - 10 * 4 // 6 - 1
-    table.grow(session, step(states(3, 10), 10, reorder=[0, 0, 0]))
-    assert table.free_tokens == 100 - 3 * 20 * 4 // 6
+    assert len(session.cache.layers) == 1
 
 
 def test_other_weights_are_refused_and_both_are_named(span: Span) -> None:
@@ -120,10 +101,10 @@ def test_blocks_that_are_not_hosted_are_refused_and_named(span: Span, start: int
 def test_a_session_for_which_there_is_no_room_is_told_how_much_there_is(span: Span) -> None:
     table = table_for(span)
     table.open(request(batch=2, max_length=30))
-    with pytest.raises(CacheFull, match=r"3 × 20 positions .* the 40 that are free on this server \(of 100\)"):
-        table.open(request(batch=3, max_length=20))
-    assert (len(table), table.free_tokens) == (1, 40)
-    table.open(request(batch=2, max_length=20))
+    with pytest.raises(CacheFull, match=r"4 × 20 positions .* the 96 that are free on this server \(of 160\)"):
+        table.open(request(batch=4, max_length=20))
+    assert (len(table), table.free_tokens) == (1, 96)
+    table.open(request(batch=3, max_length=20))
     assert table.free_tokens == 0
 
 
@@ -148,44 +129,44 @@ def test_more_sessions_than_the_limit_are_refused(span: Span) -> None:
 
 def test_who_is_refused_leaves_nothing_behind(span: Span) -> None:
     table = table_for(span)
-    for wish in (request(model="cd" * 32), request(start=0), request(max_length=101)):
+    for wish in (request(model="cd" * 32), request(start=0), request(max_length=161)):
         with pytest.raises((WrongModel, BlocksNotHosted, CacheFull)):
             table.open(wish)
-    assert (len(table), table.free_tokens) == (0, 100)
+    assert (len(table), table.free_tokens) == (0, 160)
 
 
 def test_a_session_grows_beyond_its_reservation_where_there_is_room(span: Span) -> None:
     table = table_for(span)
     session = table.open(request(max_length=10))
     table.grow(session, step(states(1, 10), 0))
-    assert table.free_tokens == 90
-    table.grow(session, step(states(1, 5), 10))
-    assert (session.reserved_positions, table.free_tokens) == (15, 85)
-    table.grow(session, step(states(4, 1), 15, reorder=[0] * 4))
-    assert (session.batch, session.reserved_positions, table.free_tokens) == (4, 16, 36)
+    assert table.free_tokens == 9 * PAGE
+    table.grow(session, step(states(1, 7), 10))
+    assert (session.reserved_positions, table.free_tokens) == (17, 8 * PAGE)
+    table.grow(session, step(states(4, 1), 17, reorder=[0] * 4))
+    assert (session.batch, session.reserved_positions, table.free_tokens) == (4, 18, 2 * PAGE)
 
 
 def test_a_session_that_cannot_grow_is_refused_and_keeps_what_it_has(span: Span) -> None:
     table = table_for(span)
-    session, other = table.open(request(max_length=40)), table.open(request(max_length=50))
-    with pytest.raises(CacheFull, match=r"1 × 51 positions .* the 50 that are free on this server \(of 100\)"):
-        table.grow(session, step(states(1, 11), 40))
-    with pytest.raises(CacheFull, match="2 × 40 positions"):
+    session, other = table.open(request(max_length=64)), table.open(request(max_length=80))
+    with pytest.raises(CacheFull, match=r"1 × 81 positions .* the 80 that are free on this server \(of 160\)"):
+        table.grow(session, step(states(1, 17), 64))
+    with pytest.raises(CacheFull, match="2 × 64 positions"):
         table.grow(session, step(states(2, 1), 1, reorder=[0, 0]))
-    assert (session.batch, session.reserved_positions, table.free_tokens) == (1, 40, 10)
+    assert (session.batch, session.reserved_positions, table.free_tokens) == (1, 64, 16)
     table.close(other)
-    table.grow(session, step(states(1, 11), 40))
-    assert table.free_tokens == 49
+    table.grow(session, step(states(1, 17), 64))
+    assert table.free_tokens == 4 * PAGE
 
 
 def test_a_session_with_fewer_sequences_than_before_gives_room_back(span: Span) -> None:
     table = table_for(span)
-    session = table.open(request(batch=4, max_length=25))
+    session = table.open(request(batch=4, max_length=32))
     session.run(step(states(4, 3), 0))
     wish = step(states(1, 1), 3, reorder=[2])
     table.grow(session, wish)
     session.run(wish)
-    assert table.free_tokens == 75
+    assert table.free_tokens == 8 * PAGE
 
 
 def test_a_step_at_the_far_end_of_what_the_protocol_allows_is_refused(span: Span) -> None:
@@ -200,11 +181,10 @@ class AnyTraffic(RuleBasedStateMachine):
 
     span: Span
 
-    @initialize(kv_tokens=st.integers(1, 60), max_sessions=st.integers(1, 4), kept_blocks=st.integers(0, 3))
-    def begin(self, kv_tokens: int, max_sessions: int, kept_blocks: int) -> None:
-        self.budget, self.kept = kv_tokens * (END - START + kept_blocks), kept_blocks
-        self.max_sessions = max_sessions
-        self.table = SessionTable(self.span, MODEL, kv_tokens, max_sessions, kept_blocks)
+    @initialize(pages=st.integers(1, 8), max_sessions=st.integers(1, 4))
+    def begin(self, pages: int, max_sessions: int) -> None:
+        self.pages, self.max_sessions = pages, max_sessions
+        self.table = table_for(self.span, pages, max_sessions)
         self.sessions: list[HeldSession] = []
 
     @rule(batch=st.integers(1, 3), length=st.integers(1, 30), start=st.integers(1, 3), count=st.integers(1, 3))
@@ -229,11 +209,9 @@ class AnyTraffic(RuleBasedStateMachine):
 
     @invariant()
     def never_more_is_promised_than_there_is(self) -> None:
-        promised = sum(
-            one.batch * one.reserved_positions * (one.span.end - one.span.start + self.kept) for one in self.sessions
-        )
-        assert promised <= self.budget
-        assert self.table.free_tokens == (self.budget - promised) // (END - START + self.kept)
+        promised = sum(one.batch * pages_for(one.reserved_positions) for one in self.sessions)
+        assert promised <= self.pages
+        assert self.table.free_tokens == (self.pages - promised) * PAGE
         assert len(self.table) == len(self.sessions) <= self.max_sessions
 
 
@@ -248,7 +226,9 @@ def test_never_more_is_promised_than_there_is(span: Span) -> None:
 
 def fresh(span: Span, states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """What a new session computes for all positions at once."""
-    session = HeldSession(span, span.new_cache(), states.shape[0], 0)
+    rows, count, _ = states.shape
+    pool = PagePool.for_span(span, HIDDEN, rows * pages_for(count))
+    session = HeldSession(span, pool.new_cache(span.start, span.end, count), rows, 0)
     return session.run(step(states, 0, mask=mask, position_ids=positions(mask)))
 
 
@@ -320,13 +300,12 @@ def test_a_session_begins_anew_with_another_number_of_sequences(span: Span, batc
     torch.testing.assert_close(output, fresh(span, anew), atol=1e-4, rtol=1e-4)
 
 
-def test_a_sliding_window_that_has_forgotten_is_said_and_changes_nothing(sliding_span: Span) -> None:
-    session, whole = held(sliding_span, 2), states(2, 13)
-    session.run(step(whole[:, :12], 0))
-    with pytest.raises(CannotRollBack, match=r"what position 9 needs \(the cache ends at 12\)"):
-        session.run(step(states(2, 1), 9, reorder=[1, 0]))
-    output = session.run(step(whole[:, 12:], 12))
-    torch.testing.assert_close(output, fresh(sliding_span, whole)[:, 12:], atol=1e-4, rtol=1e-4)
+def test_a_sliding_window_forgets_nothing_that_a_session_may_come_back_to(sliding_span: Span) -> None:
+    session, whole, other = held(sliding_span, 2), states(2, 12), states(2, 4, seed=1)
+    session.run(step(whole, 0))
+    output = session.run(step(other, 9, reorder=[1, 0]))
+    expected = fresh(sliding_span, torch.cat([whole[[1, 0], :9], other], 1))[:, 9:]
+    torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_session_with_a_sliding_window_can_always_begin_anew(sliding_span: Span) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -134,9 +135,16 @@ def test_a_logits_processor_and_a_stopping_criterion_take_part(model: Any, smoll
 def test_forward_gives_the_local_logits(model: Any, smollm2: SmolLM2) -> None:
     inputs = smollm2.chat(QUESTION)
     with torch.no_grad():
-        ours, theirs = model(**inputs, use_cache=False), smollm2.whole(**inputs, use_cache=False)
-    torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-4, rtol=0)
-    assert ours.past_key_values is None or ours.past_key_values.session.position == inputs["input_ids"].shape[1]
+        answer = model(**inputs, use_cache=False)
+        ours, theirs = answer.logits, smollm2.whole(**inputs, use_cache=False).logits
+        exact = copy.deepcopy(smollm2.whole).double()(**inputs, use_cache=False).logits
+    assert ours.dtype == theirs.dtype == torch.float32
+    # The local model is 9e-5 from float64 at worst (of logits up to 38): other kernels cannot be asked for less than
+    # to be as close as that, give or take how they order their sums.
+    errors, local_errors = (ours - exact).abs(), (theirs - exact).abs()
+    assert float(errors.square().mean()) ** 0.5 < 1.5 * float(local_errors.square().mean()) ** 0.5 < 3e-5
+    assert float(errors.max()) < 2 * float(local_errors.max()) < 2e-4
+    assert answer.past_key_values is None or answer.past_key_values.session.position == inputs["input_ids"].shape[1]
 
 
 def test_session_steps_and_a_settable_position(model: Any, smollm2: SmolLM2) -> None:

@@ -10,12 +10,18 @@ from test_families import SUPPORTED
 from tiny_models import save_tiny_model
 
 from swarm.models import Span, load_span, open_checkpoint
-from swarm.models.together import Together, way_together
+from swarm.models.fast_blocks import FastBlocks, fuse_projections
+from swarm.models.paged_cache import PagedCache, PagePool
+from swarm.models.together import ThroughLayers, way_together
 
 ONE_BY_ONE = {"bloom", "falcon", "falcon-alibi", "falcon-new-decoder", "phi3-longrope"}
 """Their attention does not pass through transformers' interface, or a long sequence would change others' rotations."""
 PADDED = {"deepseek_v3"}
 """Their layers make keys and values of what is in the cache."""
+FAST = {
+    "llama", "llama-tied", "llama-yarn", "mistral", "mistral-full", "qwen2", "qwen2-sliding", "qwen3", "smollm3",
+}  # fmt: skip
+"""They are built of the parts of Llama's blocks."""
 LENGTHS, ROWS, STEPS = (3, 9, 1, 14), (1, 2, 1, 3), 8
 
 
@@ -29,19 +35,40 @@ def states(rows: int, positions: int, hidden: int, seed: int) -> torch.Tensor:
     return torch.randn(rows, positions, hidden, generator=torch.Generator().manual_seed(seed))
 
 
+def paged(span: Span, hidden: int, count: int) -> list[PagedCache]:
+    pool = PagePool.for_span(span, hidden, pages=4 * count)
+    return [pool.new_cache(span.start, span.end, 32) for _ in range(count)]
+
+
+def run_paged(span: Span, prompt: torch.Tensor, cache: PagedCache) -> torch.Tensor:
+    cache.begin(*prompt.shape[:2])
+    return span.forward(prompt, cache)
+
+
 @pytest.mark.parametrize("name", SUPPORTED)
-def test_together_is_as_alone(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fast", [False, True], ids=["through its layers", "fast"])
+def test_together_is_as_alone(name: str, fast: bool, tmp_path: Path) -> None:
     span, hidden = span_of(name, tmp_path)
-    way = way_together(span, hidden)
-    assert way == (None if name in ONE_BY_ONE else Together(padded=name in PADDED))
+    if fast:
+        fuse_projections(span)
+    blocks = FastBlocks.of(span)
+    assert (blocks is not None) == (fast and name in (FAST | {"granite"}))
+    way = way_together(span, hidden, blocks)
+    if fast:
+        assert (way is blocks and blocks is not None) == (name in FAST)
+        if name not in FAST:
+            return
+    else:
+        assert way == (None if name in ONE_BY_ONE else ThroughLayers(padded=name in PADDED))
     if way is None:
         return
     alone = [span.new_cache() for _ in LENGTHS]
-    together = [span.new_cache() for _ in LENGTHS]
+    together = paged(span, hidden, sum(ROWS))[: len(LENGTHS)]
     for cache, other, length, rows in zip(alone, together, LENGTHS, ROWS, strict=True):
         prompt = states(rows, length, hidden, seed=length)
-        span.forward(prompt, cache)
-        span.forward(prompt, other)
+        torch.testing.assert_close(
+            run_paged(span, prompt, other), span.forward(prompt, cache), atol=1e-4, rtol=1e-4
+        )  # fmt: skip
     for step in range(STEPS):  # crosses every sliding window
         tokens = [states(rows, 1, hidden, seed=100 * step + rows) for rows in ROWS]
         expected = [span.forward(token, cache) for token, cache in zip(tokens, alone, strict=True)]
@@ -51,15 +78,28 @@ def test_together_is_as_alone(name: str, tmp_path: Path) -> None:
     assert [cache.length for cache in together] == [length + STEPS for length in LENGTHS]
 
 
+def test_a_fast_way_that_gives_something_else_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    span, hidden = span_of("llama", tmp_path)
+    fuse_projections(span)
+    fast = FastBlocks.of(span)
+    assert fast is not None
+    monkeypatch.setattr(fast, "_rotary", lambda states, ids: (torch.ones(1, 1, 16), torch.zeros(1, 1, 16)))
+    assert way_together(span, hidden, fast) == ThroughLayers(padded=False)
+    assert "other results than transformers" in caplog.text
+
+
 def test_positions_that_the_client_gives_are_used(tmp_path: Path) -> None:
     span, hidden = span_of("llama", tmp_path)
-    caches = [[span.new_cache() for _ in range(2)] for _ in range(2)]
-    for pair in caches:
-        for cache in pair:
-            span.forward(states(1, 4, hidden, seed=1), cache)
-    token, ids = states(1, 1, hidden, seed=2), torch.tensor([[11]])
-    expected = [span.forward(token, caches[0][0], ids), span.forward(token, caches[0][1])]
-    found = Together(padded=False).forward(span, [(token, caches[1][0], ids), (token, caches[1][1], None)])
+    alone, together = [span.new_cache() for _ in range(2)], paged(span, hidden, 2)
+    prompt, token, ids = states(1, 4, hidden, seed=1), states(1, 1, hidden, seed=2), torch.tensor([[11]])
+    for cache in alone:
+        span.forward(prompt, cache)
+    for cache in together:
+        run_paged(span, prompt, cache)
+    expected = [span.forward(token, alone[0], ids), span.forward(token, alone[1])]
+    found = ThroughLayers(padded=False).forward(span, [(token, together[0], ids), (token, together[1], None)])
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(found[0], found[1], atol=1e-4)
@@ -69,10 +109,10 @@ def test_a_span_runs_alone_again_afterwards(tmp_path: Path) -> None:
     span, hidden = span_of("gpt_oss", tmp_path)
     prompt, token = states(1, 5, hidden, seed=1), states(1, 1, hidden, seed=2)
     before = span.forward(prompt, span.new_cache())
-    caches = [span.new_cache(), span.new_cache()]
+    caches = paged(span, hidden, 2)
     for cache in caches:
-        span.forward(prompt, cache)
-    way = Together(padded=False)
+        run_paged(span, prompt, cache)
+    way = ThroughLayers(padded=False)
     way.forward(span, [(token, cache, None) for cache in caches])
     with pytest.raises(RuntimeError):
         way.forward(span, [(token[..., :-1], cache, None) for cache in caches])

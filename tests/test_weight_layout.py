@@ -1,12 +1,17 @@
 """Weights in huge pages and in another order are the same weights."""
 
 import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import save_tiny_model
 
 from swarm.models import Span, load_span, open_checkpoint, weight_layout
-from swarm.models.weight_layout import lay_out_head, lay_out_span
+from swarm.models.fast_blocks import fuse_projections
+from swarm.models.packed_linear import LinearWithPackedCopy, PackedLinear
+from swarm.models.weight_layout import Layout, Layouts, lay_out_head, lay_out_span
 
 _HIDDEN_SIZE = 576
 
@@ -21,23 +26,70 @@ def _run(span: Span) -> torch.Tensor:
     return torch.cat([span.forward(prompt, cache), span.forward(prompt[:, :1], cache)], dim=1)
 
 
+def _matrices(span: Span) -> list[torch.Tensor]:
+    """Every weight of the span, in the order of its modules."""
+    weights = [weight for layer in span.layers for weight in layer.parameters()]
+    return [weight.to_dense() if weight.is_mkldnn else weight.clone() for weight in weights]
+
+
+def _all(layout: Layout) -> Callable[[Sequence[torch.nn.Module]], Layouts]:
+    return lambda linears: {weight_layout._matrix(linear).shape: layout for linear in linears}
+
+
 def test_the_layout_changes_neither_weights_nor_results() -> None:
     span = _load(5)  # large enough to be timed
     assert span.weight_bytes >= weight_layout._SAMPLE_BYTES
-    weights, output = [weight.clone() for weight in span.weights()], _run(span)
+    weights, output = _matrices(span), _run(span)
     lay_out_span(span, _HIDDEN_SIZE)
-    assert all(torch.equal(before, now) for before, now in zip(weights, span.weights(), strict=True))
+    assert all(torch.equal(before, now) for before, now in zip(weights, _matrices(span), strict=True))
     torch.testing.assert_close(_run(span), output, rtol=1e-4, atol=1e-4)
 
 
-def test_transposed_weights_are_the_same_weights() -> None:
+@pytest.mark.parametrize("layout", Layout)
+def test_weights_in_any_layout_are_the_same_weights(layout: Layout) -> None:
     span = _load(1)
-    weights, output = [weight.clone() for weight in span.weights()], _run(span)
-    shapes = {linear.weight.shape for linear in span.linears()}
-    weight_layout._lay_in_huge_pages(list(span.weights()), shapes)
-    assert not any(linear.weight.is_contiguous() for linear in span.linears())
-    assert all(torch.equal(before, now) for before, now in zip(weights, span.weights(), strict=True))
+    weights, output = _matrices(span), _run(span)
+    lay_out_span(span, _HIDDEN_SIZE, _all(layout))
+    laid_out = [weight for weight in span.weights() if weight.dim() == 2]
+    assert [weight.is_mkldnn for weight in laid_out] == [layout is Layout.PACKED] * len(laid_out)
+    if layout is not Layout.PACKED:
+        assert [weight.is_contiguous() for weight in laid_out] == [layout is Layout.AS_LOADED] * len(laid_out)
+    assert all(torch.equal(before, now) for before, now in zip(weights, _matrices(span), strict=True))
     torch.testing.assert_close(_run(span), output, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_fused_layers_compute_what_their_parts_did(layout: Layout) -> None:
+    span = _load(1)
+    output, size = _run(span), span.weight_bytes
+    fuse_projections(span)
+    assert torch.equal(_run(span), output) or torch.allclose(_run(span), output, rtol=1e-4, atol=1e-4)
+    lay_out_span(span, _HIDDEN_SIZE, _all(layout))
+    torch.testing.assert_close(_run(span), output, rtol=1e-4, atol=1e-4)
+    assert span.weight_bytes == size
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "gpt_oss", "bloom", "qwen2", "deepseek_v3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_families_can_be_packed(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    save_tiny_model(name, tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    span = load_span(checkpoint, 0, 2, dtype=dtype)
+    prompt = torch.randn(2, 7, checkpoint.hidden_size, generator=torch.Generator().manual_seed(1)).to(dtype)
+    output = span.forward(prompt, span.new_cache())
+    lay_out_span(span, checkpoint.hidden_size, _all(Layout.PACKED))
+    assert any(isinstance(module, PackedLinear) for layer in span.layers for module in layer.modules())
+    tolerance = 1e-4 if dtype is torch.float32 else 5e-2
+    error = (span.forward(prompt, span.new_cache()) - output).float().norm() / output.float().norm()
+    assert float(error) < tolerance
+
+
+def test_gradients_pass_through_packed_weights() -> None:
+    linear = torch.nn.Linear(32, 48).requires_grad_(False)
+    rows = torch.randn(3, 32, requires_grad=True)
+    (expected,) = torch.autograd.grad(linear(rows).square().sum(), rows)
+    (found,) = torch.autograd.grad(PackedLinear(linear)(rows).square().sum(), rows)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_head_and_the_embedding_that_is_tied_to_it_stay_what_they_were() -> None:
@@ -45,20 +97,31 @@ def test_a_head_and_the_embedding_that_is_tied_to_it_stay_what_they_were() -> No
     head.weight = embedding.weight
     hidden_states, ids = torch.randn(1, 3, _HIDDEN_SIZE), torch.tensor([0, 7, 39_999])
     logits, vectors, weight = head(hidden_states), embedding(ids), head.weight.clone()
-    lay_out_head(head)
-    assert torch.equal(head.weight, weight) and head.weight is embedding.weight
+    laid_out = lay_out_head(head)
+    assert laid_out is not None
+    assert torch.equal(head.weight, weight) and laid_out.weight is embedding.weight
     assert torch.equal(embedding(ids), vectors)
-    torch.testing.assert_close(head(hidden_states), logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(laid_out(hidden_states), logits, rtol=1e-4, atol=1e-4)
 
 
+def test_a_large_head_is_not_held_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_layout, "fastest_layouts", _all(Layout.PACKED))
+    head = torch.nn.Linear(64, 640, bias=False).requires_grad_(False)
+    packed = lay_out_head(head)
+    assert isinstance(packed, LinearWithPackedCopy) and list(packed.state_dict()) == ["weight"]
+    monkeypatch.setattr(weight_layout, "_MAX_SECOND_COPY_BYTES", 1)
+    assert lay_out_head(head) is head
+
+
+@pytest.mark.parametrize("layout", Layout)
 def test_a_layout_that_would_change_results_is_given_up(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    layout: Layout, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(weight_layout._TOLERANCE, torch.float32, -1.0)  # whatever the result, it is too far away
     span = _load(1)
     output = _run(span)
     with caplog.at_level(logging.WARNING):
-        lay_out_span(span, _HIDDEN_SIZE)
+        lay_out_span(span, _HIDDEN_SIZE, _all(layout))
     assert "not used" in caplog.text
-    assert all(linear.weight.is_contiguous() for linear in span.linears())
+    assert all(weight.is_contiguous() and not weight.is_mkldnn for weight in span.weights())
     assert torch.equal(_run(span), output)

@@ -44,5 +44,8 @@ def load_shell(
         on_elements,
         model_class,
     )
-    lay_out_head(shell.get_output_embeddings())
+    head = shell.get_output_embeddings()
+    laid_out = lay_out_head(head)
+    if laid_out is not head:
+        shell.set_output_embeddings(laid_out)
     return shell

@@ -69,8 +69,8 @@ class Span:
 
     start: int
     end: int
-    _base: PreTrainedModel
-    _layers: tuple[nn.Module, ...]
+    base: PreTrainedModel
+    layers: tuple[nn.Module, ...]
     _whole_config: PretrainedConfig
 
     @classmethod
@@ -91,11 +91,11 @@ class Span:
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the hidden states that go in and come out."""
-        return self._base.dtype
+        return self.base.dtype
 
     @property
     def device(self) -> torch.device:
-        return self._base.device
+        return self.base.device
 
     @property
     def weight_bytes(self) -> int:
@@ -104,19 +104,14 @@ class Span:
 
     def weights(self) -> Iterator[nn.Parameter]:
         """Every weight of the span."""
-        for layer in self._layers:
+        for layer in self.layers:
             yield from layer.parameters()
-
-    def linears(self) -> Iterator[nn.Linear]:
-        """Every linear layer of the span."""
-        for layer in self._layers:
-            yield from (module for module in layer.modules() if isinstance(module, nn.Linear))
 
     @cached_property
     def configs(self) -> tuple[PretrainedConfig, ...]:
         """All that the base model's loop over layers, and the layers themselves, look at."""
-        found = [module.config for layer in self._layers for module in layer.modules() if hasattr(module, "config")]
-        return tuple({id(config): config for config in (self._base.config, *found)}.values())
+        found = [module.config for layer in self.layers for module in layer.modules() if hasattr(module, "config")]
+        return tuple({id(config): config for config in (self.base.config, *found)}.values())
 
     def part(self, start: int, end: int) -> Span:
         """The same weights, fewer blocks: ``[start, end)`` must lie within this span."""
@@ -124,11 +119,11 @@ class Span:
             raise ValueError(f"[{start}, {end}) does not lie within [{self.start}, {self.end})")
         if (start, end) == (self.start, self.end):
             return self
-        return Span.over(self._base, self._layers[start - self.start : end - self.start], start, self._whole_config)
+        return Span.over(self.base, self.layers[start - self.start : end - self.start], start, self._whole_config)
 
     def new_cache(self) -> SpanCache:
         """An empty KV cache for one session on this span."""
-        return SpanCache(self._base.config, self.start)
+        return SpanCache(self.base.config, self.start)
 
     @torch.inference_mode()
     def forward(
@@ -166,10 +161,10 @@ class Span:
         def leave(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
             outlet.append(output[0] if isinstance(output, tuple) else output)
 
-        inlet = self._layers[0].register_forward_pre_hook(enter, with_kwargs=True)
-        exit_ = self._layers[-1].register_forward_hook(leave)
+        inlet = self.layers[0].register_forward_pre_hook(enter, with_kwargs=True)
+        exit_ = self.layers[-1].register_forward_hook(leave)
         try:
-            self._base(**arguments)
+            self.base(**arguments)
         finally:
             inlet.remove()
             exit_.remove()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -24,7 +24,10 @@ from transformers import AttentionInterface, PretrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from swarm.models.span import Span, SpanCache
+from swarm.models.fast_blocks import FastBlocks
+from swarm.models.paged_cache import PagedCache, PagePool
+from swarm.models.span import Span
+from swarm.models.steps import Steps, begin_together
 
 logger = logging.getLogger(__name__)
 
@@ -34,26 +37,27 @@ _HALF_TOLERANCE = 5e-2
 
 
 class CachesTogether(Cache):  # type: ignore[misc]
-    """What a model sees in place of a cache: as many caches as there are sessions.
+    """What a model sees in place of a cache: as many caches as there are sessions, all of one pool.
 
     Args:
-        rows: the sequences of each session.
         padded: hand layers all keys and values, made equally long, because they do something with them before attention
             (latent attention). If not, they are taken from the caches, and layers see only the new ones.
     """
 
-    def __init__(self, caches: Sequence[SpanCache], rows: Sequence[int], *, padded: bool) -> None:
+    def __init__(self, caches: Sequence[PagedCache], rows: Sequence[int], *, padded: bool) -> None:
         super().__init__(layers=[])
         self._rows, self._padded = list(rows), padded
         self._caches = list(caches)
+        self._slots = torch.cat([cache.slots for cache in caches])
         self._of_this_layer: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add every session's keys and values to its cache; :meth:`attend` will find them there."""
-        new = zip(self._caches, key_states.split(self._rows), value_states.split(self._rows), strict=True)
-        self._of_this_layer = [cache.update(keys, values, layer_idx, *args, **kwargs) for cache, keys, values in new]
+        layers = [cache.at(layer_idx) for cache in self._caches]
+        self._caches[0].pool.write(layers[0].number, self._slots, key_states, value_states)
+        self._of_this_layer = [layer.read() for layer in layers]
         if not self._padded:
             return key_states, value_states
         keys, values = zip(*self._of_this_layer, strict=True)
@@ -81,41 +85,51 @@ class CachesTogether(Cache):  # type: ignore[misc]
         return torch.cat(outputs), None
 
 
-@dataclass(frozen=True)
-class Together:
+class Together(Protocol):
     """A way to run sessions together that gives what each would get alone; found by :func:`way_together`."""
 
-    padded: bool
+    runs_one_faster: bool
+    """It is also the faster way for a single session."""
 
-    @torch.inference_mode()
-    def forward(
-        self, span: Span, steps: Sequence[tuple[torch.Tensor, SpanCache, torch.Tensor | None]]
-    ) -> list[torch.Tensor]:
+    def forward(self, span: Span, steps: Steps) -> list[torch.Tensor]:
         """Run one position of each sequence of several sessions, as :meth:`Span.forward` would run them one by one.
 
-        Args:
-            steps: of every session the hidden states ``[rows, 1, hidden]``, its cache, and ``position_ids``
-                ``[rows, 1]`` (default: the position that follows). No session may have padding.
-
-        Returns:
-            ``[rows, 1, hidden]`` of every session.
+        No session may have padding. Returns ``[rows, 1, hidden]`` of every session.
         """
+        ...
+
+
+@dataclass(frozen=True)
+class ThroughLayers:
+    """The model's own layers, with attention session by session."""
+
+    padded: bool
+    runs_one_faster: ClassVar[bool] = False
+
+    @torch.inference_mode()
+    def forward(self, span: Span, steps: Steps) -> list[torch.Tensor]:
+        """See :class:`Together`."""
         rows = [states.shape[0] for states, _, _ in steps]
-        position_ids = [
-            ids if ids is not None else torch.full((count, 1), cache.length, device=span.device)
-            for (_, cache, ids), count in zip(steps, rows, strict=True)
-        ]
+        position_ids = begin_together(steps)
         caches = CachesTogether([cache for _, cache, _ in steps], rows, padded=self.padded)
         with _attention_of(caches, span):
-            output = span.forward(torch.cat([states for states, _, _ in steps]), caches, torch.cat(position_ids))
+            output = span.forward(torch.cat([states for states, _, _ in steps]), caches, position_ids)
         return list(output.split(rows))
 
 
-def way_together(span: Span, hidden_size: int) -> Together | None:
-    """How sessions can run together on `span`; None: only one by one. Tried with two made-up sessions."""
+def way_together(span: Span, hidden_size: int, fast: FastBlocks | None = None) -> Together | None:
+    """How sessions can run together on `span`; None: only one by one. Tried with two made-up sessions.
+
+    Args:
+        fast: take this way, if it gives what the model's own layers give.
+    """
     if any(_rotates_by_length(config) for config in span.configs):
         return None
-    ways = (Together(padded=False), Together(padded=True))
+    if fast is not None:
+        if _works(fast, span, hidden_size):
+            return fast
+        logger.warning("the fast way to run these blocks gives other results than transformers: not used")
+    ways = (ThroughLayers(padded=False), ThroughLayers(padded=True))
     return next((way for way in ways if _works(way, span, hidden_size)), None)
 
 
@@ -133,10 +147,13 @@ def _works(way: Together, span: Span, hidden_size: int) -> bool:
         return torch.randn(rows, positions, hidden_size, generator=random).to(span.device, span.dtype)
 
     prompts, tokens = [states(1, 3), states(2, 7)], [states(1, 1), states(2, 1)]
-    alone, together = ([span.new_cache() for _ in prompts] for _ in range(2))
-    for prompt, cache, other in zip(prompts, alone, together, strict=True):
+    pool = PagePool.for_span(span, hidden_size, pages=3)
+    alone = [span.new_cache() for _ in prompts]
+    together = [pool.new_cache(span.start, span.end, 8) for _ in prompts]
+    for prompt, cache, paged in zip(prompts, alone, together, strict=True):
         span.forward(prompt, cache)
-        span.forward(prompt, other)
+        paged.begin(*prompt.shape[:2])
+        span.forward(prompt, paged)
     expected = [span.forward(token, cache) for token, cache in zip(tokens, alone, strict=True)]
     try:
         found = way.forward(span, [(token, cache, None) for token, cache in zip(tokens, together, strict=True)])

@@ -1,24 +1,26 @@
 """Lay weights in RAM as a decode step, which reads every one of them, reads them fastest on this machine.
 
-Two things matter: huge pages, and for some shapes the order of the elements (15 blocks of SmolLM2, fp32, one thread:
-27 ms a step became 22; its head: 10 ms became 6). BLAS libraries multiply a matrix by one vector faster when the
-matrix is stored column by column for some shapes, and slower for others, so each shape is timed here both ways. The
-values stay what they were.
+Three things matter: in which order the elements of a matrix lie, in which blocks, and huge pages. A matrix can stay as
+it was loaded, or be transposed (BLAS libraries multiply some shapes by a vector faster that way), or be packed into the
+blocks in which oneDNN multiplies (:mod:`swarm.models.packed_linear`). Each shape is timed here in all ways, with one
+row and with several. The values stay what they were.
 """
 
 from __future__ import annotations
 
 import logging
 import mmap
-import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from enum import Enum
 
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
+from swarm.models.packed_linear import LinearWithPackedCopy, PackedLinear, can_pack, multiply, pack
 from swarm.models.span import Span
 
 logger = logging.getLogger(__name__)
@@ -28,72 +30,161 @@ _ALIGNMENT_BYTES = 64
 _SAMPLE_BYTES = 64 * 1024**2
 """Shapes are timed over this much, which no cache holds."""
 _ROUNDS = 5
+_ROWS = (1, 8)
+"""One user, and several."""
 _WORTHWHILE = 0.9
-"""Transpose a shape when that takes at most this share of the time."""
+"""Change a shape when that takes at most this share of the time."""
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 _HALF_TOLERANCE = 5e-2
+_MAX_SECOND_COPY_BYTES = 512 * 1024**2
 
 
-def lay_out_span(span: Span, hidden_size: int) -> None:
+class Layout(Enum):
+    """How a matrix lies in memory."""
+
+    AS_LOADED = "as loaded"
+    TRANSPOSED = "transposed"
+    PACKED = "packed"
+
+
+Layouts = dict[torch.Size, Layout]
+
+
+def lay_out_span(span: Span, hidden_size: int, choose: Callable[[Sequence[nn.Module]], Layouts] | None = None) -> None:
     """Move the weights of `span` to where, and into the order in which, they are read fastest.
 
     Does nothing for weights on a device. The span's output is compared before and after: sums in another order may
     differ in the last bits, and anything more makes this warn and put the elements back in their order.
+
+    Args:
+        choose: says how the matrices of some layers are to lie, by their shapes; default: timed here.
     """
     if span.device.type == "cpu":
         probe = _probe(hidden_size, span.dtype)
-        _lay_out(list(span.linears()), list(span.weights()), lambda: span.forward(probe, span.new_cache()))
+        places = [place for layer in span.layers for place in _places(layer)]
+        layouts = (choose or fastest_layouts)([getattr(parent, name) for parent, name in places])
+        before = _run(span, probe)
+        for parent, name in places:
+            if layouts.get(_matrix(getattr(parent, name)).shape) is Layout.PACKED:
+                setattr(parent, name, PackedLinear(getattr(parent, name)))
+        transposed = {shape for shape, layout in layouts.items() if layout is Layout.TRANSPOSED}
+        _lay_in_huge_pages([weight for weight in span.weights() if not weight.is_mkldnn], transposed)
+        if not _is_close(_run(span, probe), before):
+            _put_back(places)
 
 
-def lay_out_head(head: nn.Module | None) -> None:
-    """Likewise for the layer that makes logits, if it is a linear one."""
-    if isinstance(head, nn.Linear) and head.weight.device.type == "cpu":
-        probe = _probe(head.in_features, head.weight.dtype)
-        _lay_out([head], [head.weight], lambda: head(probe))
+def lay_out_head(head: nn.Module | None) -> nn.Module | None:
+    """Likewise for the layer that makes logits, if it is a linear one; returns what is to stand in its place.
+
+    Its own weights, which it may share with the embedding, stay where they are. If they are not too many, there is a
+    second, packed copy.
+    """
+    if not isinstance(head, nn.Linear) or head.weight.device.type != "cpu":
+        return head
+    probe = _probe(head.in_features, head.weight.dtype)
+    with torch.inference_mode():
+        before = head(probe)
+    layout = fastest_layouts([head]).get(head.weight.shape, Layout.AS_LOADED)
+    if layout is Layout.PACKED and _room(head.weight) <= _MAX_SECOND_COPY_BYTES:
+        packed = LinearWithPackedCopy(head)
+        with torch.inference_mode():
+            return packed if _is_close(packed(probe), before) else head
+    _lay_in_huge_pages([head.weight], {head.weight.shape} if layout is Layout.TRANSPOSED else ())
+    with torch.inference_mode():
+        if not _is_close(head(probe), before):
+            head.weight.data = head.weight.data.contiguous()
+    return head
+
+
+def fastest_layouts(linears: Sequence[nn.Module]) -> Layouts:
+    """The fastest layout of every shape among `linears`, timed."""
+    by_shape: dict[torch.Size, list[torch.Tensor]] = defaultdict(list)
+    for linear in linears:
+        by_shape[_matrix(linear).shape].append(_matrix(linear))
+    if sum(_room(weight) for weights in by_shape.values() for weight in weights) < _SAMPLE_BYTES:
+        return {}  # caches hold all of it: nothing to gain
+    return {shape: _fastest(weights) for shape, weights in by_shape.items()}
 
 
 @torch.inference_mode()
-def _lay_out(linears: Sequence[nn.Linear], weights: Sequence[nn.Parameter], run: Callable[[], torch.Tensor]) -> None:
-    before = run()
-    _lay_in_huge_pages(weights, _shapes_faster_transposed(linears))
-    error = float((run() - before).float().norm() / before.float().norm())
-    if not error <= _TOLERANCE.get(before.dtype, _HALF_TOLERANCE):
-        logger.warning("transposed weights change the result by %.1e on this machine: not used", error)
-        for linear in linears:
-            linear.weight.data = linear.weight.data.contiguous()
+def _fastest(weights: Sequence[torch.Tensor]) -> Layout:
+    one = weights[0]
+    rows = _SAMPLE_BYTES // (one.shape[1] * one.element_size())  # of a very large one, a part will do
+    plain = [weight[:rows] for weight in weights[: -(-_SAMPLE_BYTES // _room(one))]]
+    vectors = [torch.ones(count, one.shape[1], dtype=one.dtype) for count in _ROWS]
+    candidates = {Layout.AS_LOADED: lambda rows: _time(plain, rows), **dict(_candidates(plain))}
+    times = {layout: [float("inf")] * len(_ROWS) for layout in candidates}
+    for _ in range(_ROUNDS):  # the best of several, in turns: whatever else this machine does falls on all of them
+        for layout, time_with in candidates.items():
+            times[layout] = [min(best, time_with(rows)) for best, rows in zip(times[layout], vectors, strict=True)]
+    fastest = min(times, key=lambda layout: sum(times[layout]))
+    worthwhile = sum(times[fastest]) <= _WORTHWHILE * sum(times[Layout.AS_LOADED])
+    return fastest if worthwhile else Layout.AS_LOADED
+
+
+def _candidates(plain: Sequence[torch.Tensor]) -> Iterator[tuple[Layout, Callable[[torch.Tensor], float]]]:
+    """Other layouts, and what times a multiplication by some rows in them."""
+    transposed = [weight.t().contiguous().t() for weight in plain]
+    yield Layout.TRANSPOSED, lambda rows: _time(transposed, rows)
+    if can_pack(plain[0].dtype):
+        packed = [pack(weight.contiguous()) for weight in plain]
+        yield Layout.PACKED, lambda rows: _time(packed, rows, multiply)
+
+
+def _time(
+    weights: Sequence[torch.Tensor],
+    rows: torch.Tensor,
+    operation: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = functional.linear,
+) -> float:
+    begun = time.perf_counter()
+    for weight in weights:
+        operation(rows, weight)
+    return time.perf_counter() - begun
+
+
+def _places(layer: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where the linear layers of `layer` are: (parent, name)."""
+    return [
+        (parent, name)
+        for parent in layer.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.Linear | Conv1D)
+    ]
+
+
+def _matrix(linear: nn.Module) -> torch.Tensor:
+    """``[outputs, inputs]``"""
+    weight: torch.Tensor = linear.weight.data
+    return weight.t() if isinstance(linear, Conv1D) else weight
+
+
+@torch.inference_mode()
+def _run(span: Span, probe: torch.Tensor) -> torch.Tensor:
+    return span.forward(probe, span.new_cache())
 
 
 def _probe(hidden_size: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(1, 1, hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def _shapes_faster_transposed(linears: Sequence[nn.Linear]) -> set[torch.Size]:
-    by_shape: dict[torch.Size, list[torch.Tensor]] = defaultdict(list)
-    for linear in linears:
-        by_shape[linear.weight.shape].append(linear.weight.data)
-    if sum(_room(linear.weight) for linear in linears) < _SAMPLE_BYTES:
-        return set()  # caches hold all of it: nothing to gain
-    return {shape for shape, weights in by_shape.items() if _is_faster_transposed(weights)}
+def _is_close(after: torch.Tensor, before: torch.Tensor) -> bool:
+    error = float((after - before).float().norm() / before.float().norm())
+    close = error <= _TOLERANCE.get(before.dtype, _HALF_TOLERANCE)
+    if not close:
+        logger.warning("another layout of the weights changes the result by %.1e on this machine: not used", error)
+    return close
 
 
-def _is_faster_transposed(weights: Sequence[torch.Tensor]) -> bool:
-    one = weights[0]
-    rows = _SAMPLE_BYTES // (one.shape[1] * one.element_size())  # of a very large one, a part will do
-    plain = [weight[:rows] for weight in weights[: -(-_SAMPLE_BYTES // _room(one))]]
-    transposed = [weight.t().contiguous().t() for weight in plain]
-    vector = torch.ones(1, 1, one.shape[1], dtype=one.dtype)
-    ratios = [_time(transposed, vector) / _time(plain, vector) for _ in range(_ROUNDS)]
-    return statistics.median(ratios) <= _WORTHWHILE
+def _put_back(places: Sequence[tuple[nn.Module, str]]) -> None:
+    for parent, name in places:
+        linear = getattr(parent, name)
+        if isinstance(linear, PackedLinear):
+            setattr(parent, name, linear.unpacked())
+        else:
+            linear.weight.data = linear.weight.data.contiguous()
 
 
-def _time(weights: Sequence[torch.Tensor], vector: torch.Tensor) -> float:
-    begun = time.perf_counter()
-    for weight in weights:
-        functional.linear(vector, weight)
-    return time.perf_counter() - begun
-
-
-def _lay_in_huge_pages(weights: Sequence[nn.Parameter], transpose: set[torch.Size]) -> None:
+def _lay_in_huge_pages(weights: Sequence[nn.Parameter], transpose: Collection[torch.Size]) -> None:
     """Move `weights` into one run of memory, in huge pages where the kernel has them (madvise(2))."""
     arena = _arena(sum(_room(weight) for weight in weights) + _HUGE_PAGE_BYTES)
     offset = -arena.data_ptr() % _HUGE_PAGE_BYTES

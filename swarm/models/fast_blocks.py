@@ -1,0 +1,226 @@
+"""Decode steps of blocks built as Llama's, without what a transformers layer does around every operation.
+
+A block is Llama's if it is built of the same parts: RMS norms before attention and before a gated MLP, rotary
+embeddings over whole heads, grouped queries (Llama, Mistral, Qwen 2 and 3, SmolLM 3, …). Query, key and value are one
+multiplication, gate and up another; attention reads keys and values from their pages, without a copy where these are
+neighbours. Whether the result is that of the family's own code is tried when a server loads
+(:func:`swarm.models.together.way_together`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from swarm.models.fused_linear import FusedLinear, PartOfFused, fuse
+from swarm.models.paged_cache import PagedCache
+from swarm.models.span import Span
+from swarm.models.steps import Steps, begin_together
+
+_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_HEAD_NORMS = {"q_norm", "k_norm"}
+_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+def fuse_projections(span: Span) -> None:
+    """Make, in place, query, key and value one layer, and gate and up one, where blocks are built as Llama's."""
+    for layer in span.layers:
+        if _is_like_llama(layer):
+            fuse(layer.self_attn, ["q_proj", "k_proj", "v_proj"])
+            fuse(layer.mlp, ["gate_proj", "up_proj"])
+
+
+class FastBlocks:
+    """A way to run sessions together (:class:`swarm.models.together.Together`), and one alone."""
+
+    runs_one_faster = True
+
+    def __init__(self, rotary: nn.Module, blocks: dict[int, _Block]) -> None:
+        self._rotary, self._blocks = rotary, blocks
+
+    @classmethod
+    def of(cls, span: Span) -> FastBlocks | None:
+        """For all blocks of `span` and every part of it; None: they are built of other parts, or not fused."""
+        rotary = getattr(span.base, "rotary_emb", None)
+        if rotary is None or not all(_is_like_llama(layer) for layer in span.layers):
+            return None
+        if not all(isinstance(part, PartOfFused) for layer in span.layers for part in _fused_parts(layer)):
+            return None
+        blocks = {
+            number: _Block.of(layer, number - span.start) for number, layer in enumerate(span.layers, start=span.start)
+        }
+        return cls(rotary, blocks)
+
+    @torch.inference_mode()
+    def forward(self, span: Span, steps: Steps) -> list[torch.Tensor]:
+        """See :class:`swarm.models.together.Together`."""
+        rows = [states.shape[0] for states, _, _ in steps]
+        position_ids = begin_together(steps)
+        states = torch.cat([states for states, _, _ in steps])
+        cos, sin = self._rotary(states, position_ids)
+        half = sin.shape[-1] // 2
+        turn = _Turn(cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1), half)
+        caches = _Caches([cache for _, cache, _ in steps])
+        hidden = states.squeeze(1)
+        for number in range(span.start, span.end):
+            hidden = self._blocks[number].forward(hidden, turn, caches)
+        return list(hidden.unsqueeze(1).split(rows))
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """Rotary embeddings of the positions: ``x · cos + (x with its halves exchanged) · sin``."""
+
+    cos: torch.Tensor
+    """[rows, 1, size]"""
+    sin: torch.Tensor
+    """Likewise, the first half negative."""
+    half: int
+
+    def of(self, heads: torch.Tensor) -> torch.Tensor:
+        """``[rows, heads, size]`` turned."""
+        return torch.addcmul(heads * self.cos, heads.roll(self.half, -1), self.sin)
+
+
+class _Caches:
+    """The caches of all sessions of a batch, sequence by sequence."""
+
+    def __init__(self, caches: Sequence[PagedCache]) -> None:
+        self.pool = caches[0].pool
+        self.slots = torch.cat([cache.slots for cache in caches]) if len(caches) > 1 else caches[0].slots
+        self._rows = [(cache, row) for cache in caches for row in range(cache.rows)]
+        self._runs: dict[int | None, list[list[tuple[int, int]]]] = {}
+
+    def attend(self, number: int, query: torch.Tensor, scaling: float) -> torch.Tensor:
+        """Attention in layer `number` of the pool, for ``[rows, key heads, queries of each, size]``."""
+        keys, values = self.pool.keys[number], self.pool.values[number]
+        query = query * scaling
+        rows = [
+            _attend(one, _gathered(keys, runs), _gathered(values, runs))
+            for one, runs in zip(query, self._runs_within(self.pool.shapes[number].window), strict=True)
+        ]
+        return torch.stack(rows) if len(rows) > 1 else rows[0].unsqueeze(0)
+
+    def _runs_within(self, window: int | None) -> list[list[tuple[int, int]]]:
+        if window not in self._runs:
+            self._runs[window] = [
+                cache.runs(row, cache.length if window is None else window) for cache, row in self._rows
+            ]
+        return self._runs[window]
+
+
+def _gathered(tensor: torch.Tensor, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
+    if len(runs) == 1:
+        return tensor[:, runs[0][0] : runs[0][1]]
+    return torch.cat([tensor[:, begin:end] for begin, end in runs], dim=1)
+
+
+def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """``[heads, n, size]`` × ``[heads, positions, size]`` × ``[heads, positions, size]`` → ``[heads, n, size]``."""
+    scores = torch.bmm(query, keys.transpose(1, 2))
+    if scores.dtype is not torch.float32:
+        return torch.bmm(scores.softmax(-1, dtype=torch.float32).to(query.dtype), values)
+    return torch.bmm(scores.softmax(-1), values)
+
+
+@dataclass(frozen=True)
+class _Norm:
+    weight: torch.Tensor
+    eps: torch.Tensor
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _Norm:
+        weight = module.weight
+        return cls(weight, torch.full((1, 1), module.variance_epsilon, dtype=torch.float32, device=weight.device))
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """``[…, size]``; the norm in float32, as transformers does."""
+        wide = states.float()
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        factor = torch.addcmul(self.eps, length, length, value=1 / states.shape[-1]).rsqrt_()
+        return (wide * factor).to(states.dtype) * self.weight
+
+
+@dataclass(frozen=True)
+class _Block:
+    number: int
+    """Of the layer in its pool."""
+    before_attention: _Norm
+    projections: FusedLinear
+    """Query, key, value."""
+    of_query: _Norm | None
+    of_key: _Norm | None
+    heads: int
+    key_heads: int
+    size: int
+    turns: bool
+    scaling: float
+    out: nn.Module
+    before_mlp: _Norm
+    gate_up: FusedLinear
+    activation: Callable[[torch.Tensor], torch.Tensor]
+    down: nn.Module
+
+    @classmethod
+    def of(cls, layer: nn.Module, number: int) -> _Block:
+        attention, mlp = layer.self_attn, layer.mlp
+        size = attention.head_dim
+        q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        return cls(
+            number=number,
+            before_attention=_Norm.of(layer.input_layernorm),
+            projections=attention.q_proj.fused,
+            of_query=_Norm.of(q_norm) if q_norm is not None else None,
+            of_key=_Norm.of(k_norm) if k_norm is not None else None,
+            heads=attention.config.num_attention_heads,
+            key_heads=attention.config.num_key_value_heads,
+            size=size,
+            turns=bool(getattr(attention, "use_rope", True)),
+            scaling=attention.scaling,
+            out=attention.o_proj,
+            before_mlp=_Norm.of(layer.post_attention_layernorm),
+            gate_up=mlp.gate_proj.fused,
+            activation=mlp.act_fn,
+            down=mlp.down_proj,
+        )
+
+    def forward(self, hidden: torch.Tensor, turn: _Turn, caches: _Caches) -> torch.Tensor:
+        """``[rows, hidden]``"""
+        rows, heads, key_heads, size = hidden.shape[0], self.heads, self.key_heads, self.size
+        projected = self.projections(self.before_attention(hidden)).view(rows, heads + 2 * key_heads, size)
+        turned, values = projected.split([heads + key_heads, key_heads], dim=1)
+        if self.of_query is not None and self.of_key is not None:
+            query, keys = turned.split([heads, key_heads], dim=1)
+            turned = torch.cat([self.of_query(query), self.of_key(keys)], dim=1)
+        if self.turns:
+            turned = turn.of(turned)
+        query, keys = turned.split([heads, key_heads], dim=1)
+        caches.pool.keys[self.number].index_copy_(1, caches.slots, keys.transpose(0, 1))
+        caches.pool.values[self.number].index_copy_(1, caches.slots, values.transpose(0, 1))
+        attended = caches.attend(self.number, query.view(rows, key_heads, heads // key_heads, size), self.scaling)
+        hidden = hidden + self.out(attended.reshape(rows, heads * size))
+        gate, up = self.gate_up(self.before_mlp(hidden)).chunk(2, dim=-1)
+        return hidden + self.down(self.activation(gate) * up)
+
+
+def _fused_parts(layer: nn.Module) -> list[nn.Module]:
+    return [layer.self_attn.q_proj, layer.mlp.gate_proj]
+
+
+def _is_like_llama(layer: nn.Module) -> bool:
+    children = {name: child for name, child in layer.named_children()}
+    if children.keys() != _LAYER:
+        return False
+    attention = {name for name, _ in children["self_attn"].named_children()}
+    norms = [children["input_layernorm"], children["post_attention_layernorm"]]
+    norms += [getattr(children["self_attn"], name) for name in attention & _HEAD_NORMS]
+    return (
+        attention in (_ATTENTION, _ATTENTION | _HEAD_NORMS)
+        and {name for name, _ in children["mlp"].named_children()} == _MLP
+        and all(hasattr(norm, "variance_epsilon") for norm in norms)
+        and all(hasattr(children["self_attn"], name) for name in ("config", "head_dim", "scaling"))
+    )
