@@ -56,14 +56,19 @@ class PagePool:
     def __init__(
         self, shapes: Sequence[LayerShape], pages: int, first_layer: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        def room(heads: int, size: int) -> torch.Tensor:
-            return torch.empty(heads, pages * PAGE, size, dtype=dtype, device=device)  # no memory until it is written
-
+        slots = pages * PAGE
+        sizes = [heads * slots * size for shape in shapes for heads, size in (shape.keys, shape.values)]
+        room = torch.empty(sum(sizes), dtype=dtype, device=device)  # on a CPU it takes no memory until it is written
+        parts = iter(room.split(sizes))
         self.shapes, self.first_layer, self.device = tuple(shapes), first_layer, device
         self.pages: Pages[torch.Tensor] = Pages(pages)
         """Kept beside a remembered page: the hidden states that the span made of its positions, ``[PAGE, hidden]``."""
-        self.keys = [room(*shape.keys) for shape in shapes]
-        self.values = [room(*shape.values) for shape in shapes]
+        self.keys: list[torch.Tensor] = []
+        """Of every layer, ``[heads, slots, size]``; a page is :data:`PAGE` slots."""
+        self.values: list[torch.Tensor] = []
+        for shape in shapes:
+            self.keys.append(next(parts).view(shape.keys[0], slots, shape.keys[1]))
+            self.values.append(next(parts).view(shape.values[0], slots, shape.values[1]))
 
     @classmethod
     def for_span(cls, span: Span, hidden_size: int, pages: int) -> PagePool:
