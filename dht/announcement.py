@@ -1,7 +1,8 @@
 """The announcement: what a server says of itself, and the checks that a stranger's record must pass.
 
 An announcement is small on purpose (signed, under 1 KiB for a server of 16 blocks, 17 bytes more for each
-further one, 64 for each round trip to another server): a client that looks for a model reads those of all its servers.
+further one, at most 640 more for the ways to other servers): a client that looks for a model reads those of all its
+servers.
 """
 
 from __future__ import annotations

@@ -52,7 +52,8 @@ def measure_compute(span: Span, hidden_size: int, together: Together | None) -> 
 
 def _decode(span: Span, hidden_size: int, together: Together | None, sessions: int) -> Callable[[], object]:
     caches = [span.new_cache() for _ in range(sessions)]
-    states = _noise(span, sessions, 1, hidden_size).split(1)
+    noise = _noise(span, sessions, 1, hidden_size)
+    states = [noise[row : row + 1] for row in range(sessions)]
 
     def step() -> object:
         if together is None or sessions == 1:

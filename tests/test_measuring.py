@@ -226,7 +226,7 @@ async def test_a_request_beyond_the_limits_closes_its_stream_only(said: bytes, m
         (FULL_DOWNLOAD * 2, COMMAND.size + MAX_TRANSFER_BYTES),
         (COMMAND.pack(DOWNLOAD, MAX_TRANSFER_BYTES - MIN_TRANSFER_BYTES) * 2,
          COMMAND.size + MAX_TRANSFER_BYTES - MIN_TRANSFER_BYTES),
-        (FULL_UPLOAD * 2, COMMAND.size),
+        (FULL_UPLOAD + COMMAND.pack(UPLOAD, MIN_TRANSFER_BYTES), 2 * COMMAND.size),
     ],
     ids=["pings", "downloads", "almost downloads", "uploads"],
 )  # fmt: skip

@@ -1,11 +1,12 @@
 """Measure the way to a peer: both ends of a measuring stream.
 
-Whoever asks sends commands of nine bytes, a kind and a number, and gets one back for each::
+Whoever asks sends commands of nine bytes, a kind and a number, and gets answers of the same form::
 
-    P nonce                     →   P nonce                                 round trip
-    U size, so many bytes       →   U the last 8 bytes, as a number         upload
-    D size                      →   D size, so many bytes                   download
-    (anything, or nothing)      →   R 0                                     not now
+    P nonce         →   P nonce                         round trip
+    U size          →   U size                          upload: go ahead
+    so many bytes   →   U the last 8 bytes, as a number
+    D size          →   D size, so many bytes           download
+    any of them     →   R 0                             not now
 
 The answers to a ping and to an upload repeat what only one who received it can know, and a download is timed where it
 arrives: a peer can make the way to itself look slow, hardly fast. What a measurement may cost is limited
@@ -112,8 +113,9 @@ class _Asking:
 
     async def upload(self, size: int) -> float:
         nonce = secrets.token_bytes(_NONCE_BYTES)
-        begun = time.perf_counter()
         self._writer.write(COMMAND.pack(UPLOAD, size))
+        await self._answer(UPLOAD, size)
+        begun = time.perf_counter()
         await _write_noise(self._writer, size - _NONCE_BYTES)
         self._writer.write(nonce)
         await self._answer(UPLOAD, int.from_bytes(nonce))
@@ -148,24 +150,25 @@ class MeasuringServer:
 
     async def handle(self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer on a peer's stream until it has measured; one that breaks the protocol loses this stream only."""
-        if not self._limits.begin(peer_id, time.monotonic()):
-            writer.write(COMMAND.pack(REFUSED, 0))
-            return
         try:
-            async with asyncio.timeout(_ANSWERING_TIMEOUT_S):
-                await self._answer(reader, writer)
+            if not self._limits.begin(peer_id, time.monotonic()):
+                await _read_command(reader)  # what was not read when the stream ends would take the answer with it
+                writer.write(COMMAND.pack(REFUSED, 0))
+                return
+            try:
+                async with asyncio.timeout(_ANSWERING_TIMEOUT_S):
+                    await self._answer(reader, writer)
+            finally:
+                self._limits.end()
         except ProtocolError as error:
             logger.warning("closed a measuring stream of %s: %s", peer_id, error)
         except _FAILURES:
             logger.debug("%s stopped measuring", peer_id)
-        finally:
-            self._limits.end()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         left = {PING: MAX_PINGS, UPLOAD: MAX_TRANSFER_BYTES, DOWNLOAD: MAX_TRANSFER_BYTES}
         while True:
-            async with asyncio.timeout(_COMMAND_TIMEOUT_S):
-                kind, number = COMMAND.unpack(await reader.readexactly(COMMAND.size))
+            kind, number = await _read_command(reader)
             cost = 1 if kind == PING else number
             if kind not in left or cost > left[kind] or (kind != PING and number < MIN_TRANSFER_BYTES):
                 raise ProtocolError(f"{kind!r} {number} is no command, or over the limits")
@@ -173,13 +176,19 @@ class MeasuringServer:
             if kind != PING and self._is_busy():
                 writer.write(COMMAND.pack(REFUSED, 0))
                 return
-            if kind == UPLOAD:
-                await _read_away(reader, number - _NONCE_BYTES)
-                number = int.from_bytes(await reader.readexactly(_NONCE_BYTES))
             writer.write(COMMAND.pack(kind, number))
             if kind == DOWNLOAD:
                 await _write_noise(writer, number)
+            elif kind == UPLOAD:
+                await _read_away(reader, number - _NONCE_BYTES)
+                writer.write(UPLOAD + await reader.readexactly(_NONCE_BYTES))
             await writer.drain()
+
+
+async def _read_command(reader: asyncio.StreamReader) -> tuple[bytes, int]:
+    async with asyncio.timeout(_COMMAND_TIMEOUT_S):
+        kind, number = COMMAND.unpack(await reader.readexactly(COMMAND.size))
+    return kind, number
 
 
 async def _write_noise(writer: asyncio.StreamWriter, size: int) -> None:
