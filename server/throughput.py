@@ -17,7 +17,7 @@ BATCHES = (1, 4, 16)
 PREFILL_POSITIONS = 128
 BUDGET_S = 0.8
 """Shared by the phases; a span that takes longer is measured once in each."""
-_MAX_SAMPLES = 20
+MAX_SAMPLES = 20
 _SHOW_AFTER_S = 2.0
 
 
@@ -43,11 +43,23 @@ def measure_compute(span: Span, hidden_size: int, together: Together | None) -> 
     decode: dict[int, float] = {}
     with tqdm(total=len(batches) + 1, desc="Measuring speed", delay=_SHOW_AFTER_S, leave=False) as bar:
         for count in batches:
-            decode[count] = count / _best_s(_decode(span, hidden_size, together, count), budget_s)
+            decode[count] = count / best_s(_decode(span, hidden_size, together, count), budget_s)
             bar.update()
-        prefill = positions / _best_s(_prefill(span, hidden_size, positions), budget_s)
+        prefill = positions / best_s(_prefill(span, hidden_size, positions), budget_s)
         bar.update()
     return ComputeSpeed(prefill, {count: decode.get(count, decode[1]) for count in BATCHES})
+
+
+def best_s(run: Callable[[], object], budget_s: float, clock: Callable[[], float] = time.perf_counter) -> float:
+    """The shortest time that `run` takes, as often as fits into the budget: once at least, if it is slow."""
+    until, best = clock() + budget_s, float("inf")
+    for _ in range(MAX_SAMPLES):
+        begun = clock()
+        if best < float("inf") and begun + best > until:
+            break
+        run()
+        best = min(best, clock() - begun)
+    return best
 
 
 def _decode(span: Span, hidden_size: int, together: Together | None, sessions: int) -> Callable[[], object]:
@@ -73,20 +85,3 @@ def _noise(span: Span, sessions: int, positions: int, hidden_size: int) -> torch
     """Hidden states that differ, so that sessions choose different experts as real ones do."""
     noise = torch.randn(sessions, positions, hidden_size, generator=torch.Generator().manual_seed(0))
     return noise.to(span.device, span.dtype)
-
-
-def _best_s(run: Callable[[], object], budget_s: float) -> float:
-    """The shortest time that `run` takes, as often as fits into the budget: once at least, if it is slow."""
-    until = time.perf_counter() + budget_s
-    best_s = _seconds(run)
-    for _ in range(_MAX_SAMPLES - 1):
-        if time.perf_counter() + best_s > until:
-            break
-        best_s = min(best_s, _seconds(run))
-    return best_s
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    begun = time.perf_counter()
-    run()
-    return time.perf_counter() - begun

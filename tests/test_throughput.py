@@ -24,7 +24,7 @@ from swarm.dht import Announcement, State
 from swarm.models import load_span, open_checkpoint
 from swarm.models.together import way_together
 from swarm.server.neighbours import NetworkSpeed
-from swarm.server.throughput import BATCHES, ComputeSpeed, measure_compute
+from swarm.server.throughput import BATCHES, MAX_SAMPLES, ComputeSpeed, best_s, measure_compute
 from swarm.server.throughput_cache import MAX_AGE_S, MeasuredOn, remember_speed, remembered_speed
 
 HERE = MeasuredOn(
@@ -38,14 +38,12 @@ NOW = 1_700_000_000.0
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "mistral", "mixtral", "gemma3_text", "falcon-alibi"])
-def test_every_phase_is_measured_on_every_kind_of_model_within_a_second(family: str, tmp_path: Path) -> None:
+def test_every_phase_is_measured_on_every_kind_of_model(family: str, tmp_path: Path) -> None:
     save_tiny_model(family, tmp_path)
     checkpoint = open_checkpoint(str(tmp_path))
     span = load_span(checkpoint, 1, 3, dtype=torch.float32)
     together = way_together(span, checkpoint.hidden_size)
-    begun = time.monotonic()
     speed = measure_compute(span, checkpoint.hidden_size, together)
-    assert time.monotonic() - begun < 2
     assert list(speed.decode_steps_per_s) == list(BATCHES)
     assert speed.prefill_tokens_per_s > speed.decode_steps_per_s[1] > 1
     assert speed.decode_steps_per_s[16] > speed.decode_steps_per_s[1] or together is None
@@ -56,6 +54,18 @@ def test_sessions_that_cannot_run_together_make_no_more_steps_than_one(tmp_path:
     checkpoint = open_checkpoint(str(tmp_path))
     speed = measure_compute(load_span(checkpoint, 0, 1, dtype=torch.float32), checkpoint.hidden_size, None)
     assert speed.decode_steps_per_s[1] == speed.decode_steps_per_s[4] == speed.decode_steps_per_s[16]
+
+
+@pytest.mark.parametrize(("takes_s", "runs"), [(10.0, 1), (0.3, 3), (0.0, MAX_SAMPLES)])
+def test_what_is_slow_is_measured_once_and_nothing_for_longer_than_the_budget(takes_s: float, runs: int) -> None:
+    clock, found = [0.0], []
+
+    def run() -> None:
+        clock[0] += takes_s
+        found.append(clock[0])
+
+    assert best_s(run, 1.0, lambda: clock[0]) == pytest.approx(takes_s)
+    assert len(found) == runs
 
 
 # remembering
@@ -187,9 +197,9 @@ async def test_servers_announce_how_fast_they_and_the_ways_to_each_other_are(swa
     found = await announced(swarm, tiny, lambda servers: all(len(one.rtts_s) == 2 for one in servers))
     assert set(found) == ids
     for peer_id, server in found.items():
-        assert server.decode_steps_per_s[1] == server.throughput > 1
-        assert server.decode_steps_per_s[16] > server.throughput
-        assert server.prefill_tokens_per_s is not None and server.prefill_tokens_per_s > server.throughput
+        assert server.decode_steps_per_s[1] == server.throughput
+        assert list(server.decode_steps_per_s) == list(BATCHES) and min(server.decode_steps_per_s.values()) > 1
+        assert server.prefill_tokens_per_s is not None and server.prefill_tokens_per_s > 1
         assert set(server.rtts_s) == ids - {peer_id}
         assert all(0 < rtt < 0.05 for rtt in server.rtts_s.values())
         assert server.upload_bytes_per_s is not None and server.upload_bytes_per_s > 1e5
