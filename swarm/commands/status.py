@@ -94,9 +94,9 @@ def _speed_table(servers: list[Announcement]) -> Table:
     """How fast each server is by its own measurement, one row each; nothing where it does not say."""
     from rich.table import Table
 
-    table = Table(title="As each server measured itself", title_justify="left")
+    table = Table(title="As each server measured itself: steps/s by sessions at once, network", title_justify="left")
     table.add_column("server")
-    for name in ("steps/s, 1 session", *(f"{batch} sessions" for batch in _BATCHES), "prompt tokens/s"):
+    for name in ("1 session", *(f"{batch} sessions" for batch in _BATCHES), "prompt tokens/s"):
         table.add_column(name, justify="right")
     for name in ("nearest", "sends", "receives"):
         table.add_column(name, justify="right")
