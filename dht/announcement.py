@@ -1,13 +1,14 @@
 """The announcement: what a server says of itself, and the checks that a stranger's record must pass.
 
 An announcement is small on purpose (signed, under 1 KiB for a server of 16 blocks, 17 bytes more for each
-further one): a client that looks for a model reads those of all its servers.
+further one, at most 640 more for the ways to other servers): a client that looks for a model reads those of all its
+servers.
 """
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Self
+from typing import Annotated, Self
 
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,6 +20,13 @@ RENEWAL_S = 4.0
 CLOCK_SLACK_S = 3.0
 """How far peers' clocks may differ (hivemind's own limit)."""
 MAX_RECORD_BYTES = 8 * 1024
+MAX_RTTS = 8
+MAX_BATCH_SIZES = 8
+
+Rate = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
+"""Of anything per second."""
+PeerId = Annotated[str, Field(pattern=r"^[1-9A-HJ-NP-Za-km-z]{1,64}$")]
+"""In base58; nothing that could play with a terminal."""
 
 
 class State(StrEnum):
@@ -56,6 +64,18 @@ class Announcement(BaseModel):
     """What its weights were quantized to, if they were."""
     throughput: float = Field(ge=0, allow_inf_nan=False)
     """Decode steps per second through the whole span, one sequence, as measured by the server."""
+    decode_steps_per_s: dict[Annotated[int, Field(ge=1, le=1024)], Rate] = Field(default={}, max_length=MAX_BATCH_SIZES)
+    """Decode steps per second through the whole span when so many sessions are at work, all of theirs counted."""
+    prefill_tokens_per_s: Rate | None = None
+    """Positions per second of one prompt, through the whole span."""
+    rtts_s: dict[PeerId, Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]] = Field(
+        default={}, max_length=MAX_RTTS
+    )
+    """Seconds of a round trip to servers with which it is likely to share sessions, likely successors first."""
+    upload_bytes_per_s: Rate | None = None
+    """To whichever of these servers took most; None: unknown, as for a server that is alone."""
+    download_bytes_per_s: Rate | None = None
+    """Likewise."""
     free_kv_tokens: int = Field(ge=0)
     """Positions of KV cache, on the whole span, that are not taken."""
     sessions: int = Field(default=0, ge=0)
@@ -86,8 +106,8 @@ class Announcement(BaseModel):
         return self.start <= block < self.end
 
     def pack(self) -> bytes:
-        """As msgpack."""
-        packed: bytes = msgpack.packb(self.model_dump(mode="json"), use_bin_type=True)
+        """As msgpack; what is left out is the default."""
+        packed: bytes = msgpack.packb(self.model_dump(mode="json", exclude_defaults=True), use_bin_type=True)
         return packed
 
     @classmethod

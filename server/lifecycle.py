@@ -9,10 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import transformers
 from tqdm import tqdm
 
 from swarm import __version__
-from swarm.dht import RENEWAL_S, Announcement, Directory, State
+from swarm.dht import RENEWAL_S, Announcement, Directory, State, precision_name
 from swarm.errors import PeerError, SwarmError
 from swarm.models import Checkpoint, Span, load_span, open_checkpoint
 from swarm.models.fast_blocks import FastBlocks, fuse_projections
@@ -26,19 +27,23 @@ from swarm.placement import choose_span
 from swarm.protocol.messages import LINK_PROTOCOL, STREAM_PROTOCOL
 from swarm.protocol.tensors import dtype_name
 from swarm.server.compute import ComputeThread
-from swarm.server.machine import allowed_memory, choose_device
+from swarm.server.machine import allowed_memory, choose_device, device_name, usable_cores
+from swarm.server.neighbours import NetworkSpeed
+from swarm.server.network_speed import NetworkMeasurement
 from swarm.server.plan import MemoryPlan, make_plan
-from swarm.server.resident_memory import memory_given_back, share_one_heap
+from swarm.server.resident_memory import give_memory_back, memory_given_back, share_one_heap
 from swarm.server.sessions import SessionTable
 from swarm.server.settings import ServerSettings
 from swarm.server.streams import StreamServer
+from swarm.server.throughput import ComputeSpeed, measure_compute
+from swarm.server.throughput_cache import MeasuredOn, remember_speed, remembered_speed
 from swarm.transport.identity import Identity
+from swarm.transport.measuring import MEASURE_PROTOCOL, MeasuringServer
 from swarm.transport.node import Node
 
 logger = logging.getLogger(__name__)
 
 _DIGEST_DIGITS = 16
-_WARM_UP_STEPS = 5
 _KEPT_COPIES = 2
 """Of every position's activations: in the session's history, and beside a page that is remembered."""
 
@@ -118,7 +123,8 @@ class Server:
         self._renew = asyncio.Event()
         self._state = State.JOINING
         self._table: SessionTable | None = None
-        self._throughput = 0.0
+        self._compute_speed: ComputeSpeed | None = None
+        self._network_speed = NetworkSpeed()
         self._together: Together | None = None
         self._span_bounds = (0, 0)
         self._block_digests: tuple[str, ...] = ()
@@ -127,11 +133,16 @@ class Server:
         """Begin to drain; :meth:`run` returns when that is done."""
         self._leave.set()
 
-    async def run(self, on_ready: Callable[[Announcement], None] = lambda _: None) -> None:
+    async def run(
+        self,
+        on_ready: Callable[[Announcement], None] = lambda _: None,
+        on_network: Callable[[NetworkSpeed], None] = lambda _: None,
+    ) -> None:
         """Join the swarm, load, serve until :meth:`leave`, drain and leave.
 
         Args:
             on_ready: called with the first announcement in which the server is online.
+            on_network: called whenever the ways to other servers have been measured.
 
         Raises:
             BootstrapFailed, PortTaken, PeerError: the swarm cannot be joined.
@@ -149,7 +160,7 @@ class Server:
             directory = await Directory.join(node, settings.initial_peers)
             try:
                 self._span_bounds = await self._choose_blocks(directory)
-                await self._serve(node, directory, prepared.checkpoint, on_ready)
+                await self._serve(node, directory, prepared.checkpoint, on_ready, on_network)
             finally:
                 await directory.leave()
         finally:
@@ -157,7 +168,12 @@ class Server:
             await node.stop()
 
     async def _serve(
-        self, node: Node, directory: Directory, checkpoint: Checkpoint, on_ready: Callable[[Announcement], None]
+        self,
+        node: Node,
+        directory: Directory,
+        checkpoint: Checkpoint,
+        on_ready: Callable[[Announcement], None],
+        on_network: Callable[[NetworkSpeed], None],
     ) -> None:
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -165,26 +181,31 @@ class Server:
                     tasks.create_task(self._keep_announced(node, directory)),
                     tasks.create_task(_fail_with_daemon(node)),
                 ]
-                await self._load_and_serve(node, directory, checkpoint, on_ready)
+                streams = await self._load(node, checkpoint)
+                watching.append(tasks.create_task(self._measure_network(node, directory, streams, on_network)))
+                await self._serve_until_leave(node, directory, streams, on_ready)
                 for task in watching:
                     task.cancel()
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from group
 
-    async def _load_and_serve(
-        self, node: Node, directory: Directory, checkpoint: Checkpoint, on_ready: Callable[[Announcement], None]
-    ) -> None:
-        span = await self._load(checkpoint)
+    async def _load(self, node: Node, checkpoint: Checkpoint) -> StreamServer:
+        span = await self._load_span(checkpoint)
         plan = self._prepared.plan
         pool = PagePool.for_span(span, checkpoint.hidden_size, pages_for(plan.kv_tokens))
         self._table = SessionTable(
             span, checkpoint.model_digest, pool, self._settings.max_sessions, together=self._together
         )
-        streams = StreamServer(
+        return StreamServer(
             node, self._table, self._compute, checkpoint.hidden_size, span.dtype, self._settings.idle_timeout_s
         )
+
+    async def _serve_until_leave(
+        self, node: Node, directory: Directory, streams: StreamServer, on_ready: Callable[[Announcement], None]
+    ) -> None:
         await node.serve(STREAM_PROTOCOL, streams.handle_session)
         await node.serve(LINK_PROTOCOL, streams.handle_link)
+        await node.serve(MEASURE_PROTOCOL, MeasuringServer(streams.is_busy).handle)
         self._state = State.ONLINE
         announcement = await self._announcement(node)
         await directory.announce(announcement)
@@ -197,6 +218,20 @@ class Server:
         finally:
             await directory.withdraw(await self._announcement(node))
 
+    async def _measure_network(
+        self, node: Node, directory: Directory, streams: StreamServer, on_network: Callable[[NetworkSpeed], None]
+    ) -> None:
+        def changed(speed: NetworkSpeed) -> None:
+            self._network_speed = speed
+            self._renew.set()
+            on_network(speed)
+
+        def is_busy() -> bool:
+            return self._state is not State.ONLINE or streams.is_busy()
+
+        model = self._prepared.checkpoint.model_digest
+        await NetworkMeasurement(node, self._span_bounds, lambda: directory.servers(model), is_busy, changed).run()
+
     async def _choose_blocks(self, directory: Directory) -> tuple[int, int]:
         if self._settings.blocks is not None:
             return self._settings.blocks
@@ -205,7 +240,7 @@ class Server:
         hosted = [(one.start, one.end) for one in others if one.state is not State.DRAINING]
         return choose_span(hosted, checkpoint.num_blocks, self._prepared.plan.num_blocks)
 
-    async def _load(self, checkpoint: Checkpoint) -> Span:
+    async def _load_span(self, checkpoint: Checkpoint) -> Span:
         start, end = self._span_bounds
         total = sum(checkpoint.block_elements(block) for block in range(start, end))
 
@@ -233,15 +268,36 @@ class Server:
                     "%s models compute attention in a way of their own: sessions run one by one, not as a batch",
                     checkpoint.config.model_type,
                 )
-            self._throughput = _measure_throughput(span, checkpoint.hidden_size)
+            self._compute_speed = self._speed_of(span, checkpoint)
             return span, digests
 
         (span, digests), _ = await self._compute.run(load)
         self._block_digests = tuple(digest[:_DIGEST_DIGITS] for digest in digests[start:end])
         return span
 
+    def _speed_of(self, span: Span, checkpoint: Checkpoint) -> ComputeSpeed:
+        """As it was measured on an earlier start, or is measured now. Runs on the device."""
+        measured_on = MeasuredOn(
+            device=device_name(span.device),
+            threads=torch.get_num_threads(),
+            cores=usable_cores(),
+            model=checkpoint.model_digest,
+            start=span.start,
+            end=span.end,
+            precision=precision_name(dtype_name(span.dtype), self._settings.quantization or ""),
+            software=(__version__, str(torch.__version__), transformers.__version__),
+        )
+        if not self._settings.measure_again and (known := remembered_speed(measured_on, time.time())) is not None:
+            logger.info("the speed of this machine is known from an earlier start")
+            return known
+        speed = measure_compute(span, checkpoint.hidden_size, self._together)
+        remember_speed(measured_on, speed, time.time())
+        give_memory_back()
+        return speed
+
     async def _announcement(self, node: Node) -> Announcement:
         checkpoint, (start, end) = self._prepared.checkpoint, self._span_bounds
+        decode = dict(self._compute_speed.decode_steps_per_s) if self._compute_speed else {}
         return Announcement(
             peer_id=node.peer_id,
             model=checkpoint.model_digest,
@@ -253,7 +309,12 @@ class Server:
             block_digests=self._block_digests,
             dtype=dtype_name(self._prepared.dtype),
             quantization=self._settings.quantization or "",
-            throughput=self._throughput,
+            throughput=decode.get(1, 0.0),
+            decode_steps_per_s=decode,
+            prefill_tokens_per_s=self._compute_speed.prefill_tokens_per_s if self._compute_speed else None,
+            rtts_s=dict(self._network_speed.rtts_s),
+            upload_bytes_per_s=self._network_speed.upload_bytes_per_s,
+            download_bytes_per_s=self._network_speed.download_bytes_per_s,
             free_kv_tokens=self._table.free_tokens if self._table else self._prepared.plan.kv_tokens,
             sessions=len(self._table) if self._table else 0,
             addresses=tuple((await node.addresses())[:8]),
@@ -286,14 +347,3 @@ async def _fail_with_daemon(node: Node) -> None:
     """Raise as soon as p2pd has died: without it nobody can reach this server."""
     await node.wait_for_daemon()
     raise PeerError("p2pd, the network daemon of this server, has died; start the server again")
-
-
-def _measure_throughput(span: Span, hidden_size: int) -> float:
-    """Decode steps per second through the whole span for one sequence (the best of a few). Runs on the device."""
-    cache, best = span.new_cache(), float("inf")
-    hidden_states = torch.zeros(1, 1, hidden_size, dtype=span.dtype, device=span.device)
-    for _ in range(_WARM_UP_STEPS):
-        begun = time.perf_counter()
-        span.forward(hidden_states, cache).to("cpu")
-        best = min(best, time.perf_counter() - begun)
-    return 1 / best

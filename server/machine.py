@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import platform
+from pathlib import Path
+
 import psutil
 import torch
 
@@ -31,3 +36,19 @@ def allowed_memory(device: torch.device, wanted_bytes: int | None) -> tuple[int,
         return wanted_bytes, "--memory"
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return int(free * SHARE_OF_FREE), f"{SHARE_OF_FREE:.0%} of the {free / 1024**3:.1f} GiB that are free"
+
+
+def device_name(device: torch.device) -> str:
+    """What the maker calls the device that computes, e.g. ``"AMD EPYC 9V74 80-Core Processor"``."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    with contextlib.suppress(OSError):  # only Linux has it
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """How many of the machine's processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

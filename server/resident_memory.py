@@ -38,14 +38,20 @@ def memory_given_back() -> Iterator[None]:
     try:
         yield
     finally:
-        linecache.clearcache()  # transformers reads its own source
-        gc.collect()
-        gc.freeze()  # what is here now is here to stay; the collector need not look at it again
         with contextlib.suppress(AttributeError):
-            libc.malloc_trim(0)
             libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
             libc.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE_BYTES)
-        _let_go_of_code()
+        give_memory_back()
+
+
+def give_memory_back() -> None:
+    """Return to the system what is not needed now."""
+    linecache.clearcache()  # transformers reads its own source
+    gc.collect()
+    gc.freeze()  # what is here now is here to stay; the collector need not look at it again
+    with contextlib.suppress(AttributeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
+    _let_go_of_code()
 
 
 def _let_go_of_code() -> None:

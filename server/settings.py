@@ -31,6 +31,8 @@ class ServerSettings:
     """Hold the weights as ``"int8"``; None: as they are."""
     threads: int | None = None
     """CPU threads to compute with; None: torch's choice."""
+    measure_again: bool = False
+    """Measure this machine's speed even if it is known from an earlier start."""
     listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
     announce: tuple[str, ...] = ()
     public_network: bool = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 
 import torch
 
@@ -37,6 +38,7 @@ _OPEN_TIMEOUT_S = 30.0
 _RETRY_AFTER_S = 5.0
 _MAX_UNREAD_BYTES = 256 * 1024 * 1024
 """A client that leaves more than this unread loses its session."""
+_BUSY_FOR_S = 3.0
 _TASK_FAILURES = (OSError, TimeoutError)
 
 
@@ -58,6 +60,8 @@ class StreamServer:
         """By token."""
         self.steps = 0
         """Steps computed since the start."""
+        self._steps_under_way = 0
+        self._last_step_at = float("-inf")
         self._no_session = asyncio.Event()
         self._no_session.set()
 
@@ -98,6 +102,10 @@ class StreamServer:
             if session is not None:
                 session.predecessors.discard(writer)
 
+    def is_busy(self) -> bool:
+        """Whether a step is under way, or was a moment ago."""
+        return self._steps_under_way > 0 or time.monotonic() - self._last_step_at < _BUSY_FOR_S
+
     async def drain(self, within_s: float) -> None:
         """Take no new session, ask the present ones to move, and wait until they have, or `within_s` has passed."""
         self.table.draining = True
@@ -125,6 +133,7 @@ class StreamServer:
             RemoteError: to be sent to the client.
         """
         self.table.grow(held, work)
+        self._steps_under_way += 1
         try:
             waiting = Waiting(work.hidden_states.shape[0], held.group(work), can_wait)
             output, timed = await self.compute.run_with_others((held, work), run_steps, waiting)
@@ -133,6 +142,9 @@ class StreamServer:
             logger.exception("a step failed")
             reason = str(error).splitlines()[0] if str(error) else repr(error)
             raise ServerFault(f"the computation failed: {reason}") from error
+        finally:
+            self._steps_under_way -= 1
+            self._last_step_at = time.monotonic()
         self.steps += 1
         return output, timed
 

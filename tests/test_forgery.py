@@ -189,8 +189,8 @@ def test_nothing_of_a_record_over_the_limits_is_remembered(tmp_path: Path, valid
     assert validator.validate(record(identity.peer_id, value, expires_at))
 
 
-@pytest.mark.parametrize(("blocks", "limit_bytes"), [(16, 1024), (80, 2048)])
-def test_an_announcement_is_as_small_as_is_said(blocks: int, limit_bytes: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("blocks", "rtts", "limit_bytes"), [(16, 0, 1024), (16, 8, 1024 + 640), (80, 8, 2048 + 640)])
+def test_an_announcement_is_as_small_as_is_said(blocks: int, rtts: int, limit_bytes: int, tmp_path: Path) -> None:
     identity, expires_at = Identity.load_or_create(tmp_path / "identity.key"), time.time() + LEASE_S
     typical = announcement(
         identity.peer_id,
@@ -200,6 +200,11 @@ def test_an_announcement_is_as_small_as_is_said(blocks: int, limit_bytes: int, t
         block_digests=tuple(f"{block:016x}" for block in range(blocks)),
         dtype="bfloat16",
         throughput=12.345678,
+        decode_steps_per_s={1: 12.345678, 4: 34.567891, 16: 78.912345},
+        prefill_tokens_per_s=567.891234,
+        rtts_s={f"{identity.peer_id[:-1]}{number}": 0.0123 for number in range(1, rtts + 1)},
+        upload_bytes_per_s=1234567.8 if rtts else None,
+        download_bytes_per_s=12345678.9 if rtts else None,
         free_kv_tokens=65_536,
         sessions=12,
         addresses=tuple(
@@ -209,6 +214,64 @@ def test_an_announcement_is_as_small_as_is_said(blocks: int, limit_bytes: int, t
         public_name="a volunteer",
     )
     assert len(signed(identity, identity.peer_id, typical.pack(), expires_at)) < limit_bytes
+
+
+HONEST_FIGURES = {
+    "decode_steps_per_s": {"1": 28.4, "4": 52.2, "16": 91.4},
+    "prefill_tokens_per_s": 588.0,
+    "rtts_s": {f"12D3KooW{number}": 0.02 * number for number in range(1, 9)},
+    "upload_bytes_per_s": 1.25e6,
+    "download_bytes_per_s": 1.25e7,
+}
+FORGED_FIGURES = {
+    "not a number": {"prefill_tokens_per_s": float("nan")},
+    "endless": {"upload_bytes_per_s": float("inf")},
+    "faster than light": {"download_bytes_per_s": 1e300},
+    "negative": {"upload_bytes_per_s": -1.0},
+    "negative time": {"rtts_s": {"12D3KooW1": -0.001}},
+    "endless time": {"rtts_s": {"12D3KooW1": float("inf")}},
+    "no time": {"rtts_s": {"12D3KooW1": None}},
+    "no peer": {"rtts_s": {"": 0.1}},
+    "a peer that rings": {"rtts_s": {"\x1b]0;owned\x07": 0.1}},
+    "a long name": {"rtts_s": {"z" * 65: 0.1}},
+    "nine peers": {"rtts_s": {f"12D3KooW{number}": 0.1 for number in range(1, 10)}},
+    "a list": {"rtts_s": [0.1, 0.2]},
+    "nobody's steps": {"decode_steps_per_s": {"0": 1.0}},
+    "a crowd": {"decode_steps_per_s": {str(2**60): 1.0}},
+    "no number": {"decode_steps_per_s": {"four": 1.0}},
+    "nine batches": {"decode_steps_per_s": {str(number): 1.0 for number in range(1, 10)}},
+    "no rate": {"decode_steps_per_s": {"1": "fast"}},
+    "steps that are not a number": {"decode_steps_per_s": {"1": float("nan")}},
+}
+
+
+def record_with(identity: Identity, figures: dict[str, object]) -> DHTRecord:
+    """A record that its owner signed, whatever it says."""
+    fields = announcement(identity.peer_id).model_dump(mode="json", exclude=set(HONEST_FIGURES))
+    expires_at = time.time() + LEASE_S
+    value = signed(identity, identity.peer_id, msgpack.packb({**fields, **figures}), expires_at)
+    return record(identity.peer_id, value, expires_at)
+
+
+@pytest.mark.parametrize("figures", [HONEST_FIGURES, {}], ids=["honest figures", "of a server that tells none"])
+def test_a_record_with_figures_or_without_is_accepted(
+    figures: dict[str, object], tmp_path: Path, validator: AnnouncementValidator
+) -> None:
+    assert validator.validate(record_with(Identity.load_or_create(tmp_path / "other.key"), figures))
+
+
+@pytest.mark.parametrize("figures", FORGED_FIGURES.values(), ids=FORGED_FIGURES.keys())
+def test_a_record_with_impossible_figures_is_refused(
+    figures: dict[str, object], tmp_path: Path, validator: AnnouncementValidator
+) -> None:
+    identity = Identity.load_or_create(tmp_path / "other.key")
+    assert not validator.validate(record_with(identity, {**HONEST_FIGURES, **figures}))
+
+
+def test_figures_come_out_as_they_went_in() -> None:
+    told = announcement("12D3KooW1", **HONEST_FIGURES)
+    assert Announcement.unpack(told.pack()) == told
+    assert list(told.decode_steps_per_s) == [1, 4, 16]
 
 
 async def test_an_honest_record_made_the_same_way_is_seen(scene: Scene) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import re
 import signal
 import sys
@@ -14,10 +15,12 @@ import uvloop
 
 from swarm.commands.addresses import listen_addresses
 from swarm.commands.output import Output, add_output_arguments, run_command
+from swarm.commands.speeds import compute_sentence, network_sentence
 from swarm.dht import Announcement
 from swarm.protocol.tensors import dtype_name
 from swarm.server import Server, ServerSettings
 from swarm.server.lifecycle import Prepared, prepare
+from swarm.server.neighbours import NetworkSpeed
 
 _EPILOG = """\
 examples:
@@ -43,6 +46,14 @@ def _run(settings: ServerSettings, output: Output) -> int:
     prepared = prepare(settings)
     _show_plan(settings, prepared, output)
     server = Server(settings, prepared)
+    network_was_shown = False
+
+    def show_network(speed: NetworkSpeed) -> None:
+        nonlocal network_was_shown
+        if not network_was_shown and (sentence := network_sentence(speed)):
+            output.say(sentence)
+            network_was_shown = True
+        output.event(event="network", **dataclasses.asdict(speed))
 
     async def serve() -> None:
         loop, main_task = asyncio.get_running_loop(), asyncio.current_task()
@@ -60,7 +71,7 @@ def _run(settings: ServerSettings, output: Output) -> int:
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, leave)
-        await server.run(lambda announcement: _show_ready(announcement, output))
+        await server.run(lambda announcement: _show_ready(announcement, output), show_network)
 
     try:
         uvloop.run(serve())
@@ -96,6 +107,7 @@ def _show_ready(announcement: Announcement, output: Output) -> None:
         f"Serving blocks {announcement.start} to {announcement.end - 1} of {announcement.num_blocks} "
         f"at {announcement.throughput:.1f} steps/s as {announcement.peer_id}."
     )
+    output.say(compute_sentence(announcement))
     for address in announcement.addresses:
         output.say(f"  others can join with --initial-peers {address}")
     output.say("Press Ctrl-C to leave.")
@@ -106,6 +118,8 @@ def _show_ready(announcement: Announcement, output: Output) -> None:
         start=announcement.start,
         end=announcement.end,
         throughput=announcement.throughput,
+        decode_steps_per_s=announcement.decode_steps_per_s,
+        prefill_tokens_per_s=announcement.prefill_tokens_per_s,
     )
 
 
@@ -122,6 +136,7 @@ def _settings(options: argparse.Namespace) -> ServerSettings:
         dtype=_DTYPES[options.dtype],
         quantization=options.quantize,
         threads=options.threads,
+        measure_again=options.measure_again,
         listen=listen_addresses(options.host, options.port, quic=public_network),
         announce=tuple(options.announce),
         public_network=public_network,
@@ -171,6 +186,11 @@ def _parser() -> argparse.ArgumentParser:
         help="hold the weights in 8 bits: faster, more blocks fit; clients must ask for it (default: no)",
     )
     machine.add_argument("--threads", type=_positive, metavar="N", help="CPU threads to compute with")
+    machine.add_argument(
+        "--measure-again",
+        action="store_true",
+        help="measure this machine's speed even if it is known from a start in the last week",
+    )
     machine.add_argument("--max-sessions", type=_positive, default=256, metavar="N", help="(default: 256)")
     network = parser.add_argument_group("network")
     network.add_argument(

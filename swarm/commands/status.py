@@ -8,9 +8,15 @@ import time
 from typing import TYPE_CHECKING
 
 from swarm.commands.output import Output
+from swarm.commands.speeds import megabits, milliseconds
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from swarm.dht import Announcement
+
+_BATCHES = (4, 16)
+"""The numbers of sessions for which speeds are shown, besides one."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +68,7 @@ def _print_table(
         table.add_column(name, justify="right" if name in ("steps/s", "free KV", "sessions", "seen") else "left")
     for server in servers:
         table.add_row(
-            server.public_name or f"{server.peer_id[:8]}…{server.peer_id[-4:]}",
+            _name(server),
             f"{server.start}–{server.end - 1}",
             _bar(server.start, server.end, num_blocks),
             server.state.value,
@@ -75,11 +81,41 @@ def _print_table(
     console = Console(stderr=output.json, width=None)
     if servers:
         console.print(table)
+    if any(server.decode_steps_per_s for server in servers):
+        console.print(_speed_table(servers))
     missing = [block for block, count in enumerate(redundancy) if count == 0]
     if missing:
         output.say(f"INCOMPLETE: no server is online for {len(missing)} of {num_blocks} blocks: {_spans(missing)}")
     else:
         output.say(f"Complete: every block has {min(redundancy)} or more servers.")
+
+
+def _speed_table(servers: list[Announcement]) -> Table:
+    """How fast each server is by its own measurement, one row each; nothing where it does not say."""
+    from rich.table import Table
+
+    table = Table(title="As each server measured itself: steps/s by sessions at once, network", title_justify="left")
+    table.add_column("server")
+    for name in ("1 session", *(f"{batch} sessions" for batch in _BATCHES), "prompt tokens/s"):
+        table.add_column(name, justify="right")
+    for name in ("nearest", "sends", "receives"):
+        table.add_column(name, justify="right")
+    for server in servers:
+        decode = server.decode_steps_per_s
+        table.add_row(
+            _name(server),
+            f"{server.throughput:.1f}",
+            *(f"{decode[batch]:.1f}" if batch in decode else "" for batch in _BATCHES),
+            f"{server.prefill_tokens_per_s:.0f}" if server.prefill_tokens_per_s is not None else "",
+            milliseconds(min(server.rtts_s.values())) if server.rtts_s else "",
+            megabits(server.upload_bytes_per_s) if server.upload_bytes_per_s is not None else "",
+            megabits(server.download_bytes_per_s) if server.download_bytes_per_s is not None else "",
+        )
+    return table
+
+
+def _name(server: Announcement) -> str:
+    return server.public_name or f"{server.peer_id[:8]}…{server.peer_id[-4:]}"
 
 
 def _bar(start: int, end: int, num_blocks: int, width: int = 24) -> str:
