@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -61,7 +62,7 @@ def main() -> None:
             with remote.inference_session(max_length=256) as session:
                 swarm_step_s, swarm_ids = _run(remote, inputs, tokens, {"session": session})
                 overheads_s += [hop.total_s - hop.compute_s for hop in session.last_timings]
-                memory = [_fixed_memory(server, checkpoint, session.position) for server in servers]
+                memory = [_fixed_memory(server, checkpoint) for server in servers]
             if not torch.equal(local_ids, swarm_ids):
                 raise SystemExit("the swarm's tokens differ from the local model's: a speed means nothing")
             speeds = f"local {1 / local_step_s:.1f}, swarm {1 / swarm_step_s:.1f} tokens/s"
@@ -94,7 +95,7 @@ def _run(model: PreTrainedModel, inputs: Any, tokens: int, options: dict[str, An
     return times.median_s, ids
 
 
-def _fixed_memory(server: LocalPeer, checkpoint: Checkpoint, positions: int) -> tuple[float, float, int]:
+def _fixed_memory(server: LocalPeer, checkpoint: Checkpoint) -> tuple[float, float, int]:
     """(resident MiB, proportional MiB, processes) of a server, without its weights and its KV cache.
 
     Proportional memory (PSS) counts the pages of libraries that several processes share by halves, thirds, ….
@@ -102,16 +103,28 @@ def _fixed_memory(server: LocalPeer, checkpoint: Checkpoint, positions: int) -> 
     assert server.ready is not None
     blocks = range(server.ready["start"], server.ready["end"])
     dtype = checkpoint.default_dtype
-    held = sum(checkpoint.block_elements(block) * dtype.itemsize for block in blocks)
-    held += positions * kv_bytes_per_position(checkpoint.config, dtype) * len(blocks)
+    weights = sum(checkpoint.block_elements(block) * dtype.itemsize for block in blocks)
+    pool = server.ready["free_kv_tokens"] * kv_bytes_per_position(checkpoint.config, dtype) * len(blocks)
     root = psutil.Process(server.process.pid)
     processes = [root, *root.children(recursive=True)]
     sizes = [process.memory_full_info() for process in processes]
+    held = weights + _resident_in_areas_of(root.pid, pool)
     return (
         (sum(one.rss for one in sizes) - held) / _MIB,
         (sum(one.pss for one in sizes) - held) / _MIB,
         len(processes),
     )
+
+
+def _resident_in_areas_of(pid: int, size_bytes: int) -> int:
+    """Bytes that are resident of the areas of memory at least so large: the KV cache is allotted as one."""
+    resident, counts = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if line.startswith("Size:"):
+            counts = int(line.split()[1]) * 1024 >= size_bytes
+        elif line.startswith("Rss:") and counts:
+            resident += int(line.split()[1]) * 1024
+    return resident
 
 
 if __name__ == "__main__":

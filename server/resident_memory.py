@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 _AREA = re.compile(
     r"(?P<begin>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<permissions>\S{4}) \S+ \S+ \S+ *(?P<name>.*)", re.ASCII
 )
@@ -45,10 +47,12 @@ def memory_given_back() -> Iterator[None]:
 
 
 def give_memory_back() -> None:
-    """Return to the system what is not needed now."""
+    """Return to the system what is not needed now. Nothing may be computed meanwhile."""
     linecache.clearcache()  # transformers reads its own source
     gc.collect()
     gc.freeze()  # what is here now is here to stay; the collector need not look at it again
+    with contextlib.suppress(OSError, AttributeError):  # torch's BLAS keeps buffers if it is MKL
+        ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).mkl_serv_free_buffers()
     with contextlib.suppress(AttributeError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)
     _let_go_of_code()

@@ -16,7 +16,8 @@ from swarm.models.together import Together
 
 BATCHES = (1, 4, 16)
 """Sessions whose decode steps run together."""
-PREFILL_POSITIONS = 128
+PREFILL_POSITIONS = 64
+"""As many as clients send at once at least."""
 BUDGET_S = 0.8
 """Shared by the phases; a span that takes longer is measured once in each."""
 MAX_SAMPLES = 20

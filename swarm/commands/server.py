@@ -120,6 +120,7 @@ def _show_ready(announcement: Announcement, output: Output) -> None:
         throughput=announcement.throughput,
         decode_steps_per_s=announcement.decode_steps_per_s,
         prefill_tokens_per_s=announcement.prefill_tokens_per_s,
+        free_kv_tokens=announcement.free_kv_tokens,
     )
 
 

@@ -30,7 +30,7 @@ _ALIGNMENT_BYTES = 64
 _SAMPLE_BYTES = 64 * 1024**2
 """Shapes are timed over this much, which no cache holds."""
 _ROUNDS = 5
-_ROWS = (1, 8)
+_ROWS = (1, 4)
 """One user, and several."""
 _WORTHWHILE = 0.9
 """Change a shape when that takes at most this share of the time."""
