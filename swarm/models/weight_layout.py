@@ -37,12 +37,14 @@ _HALF_TOLERANCE = 5e-2
 def lay_out_span(span: Span, hidden_size: int) -> None:
     """Move the weights of `span` to where, and into the order in which, they are read fastest.
 
-    Does nothing for weights on a device. The span's output is compared before and after: sums in another order may
-    differ in the last bits, and anything more makes this warn and put the elements back in their order.
+    Does nothing for weights on a device, or in an order of oneDNN's own. The span's output is compared before and
+    after: sums in another order may differ in the last bits, and anything more makes this warn and put the elements
+    back in their order.
     """
     if span.device.type == "cpu":
         probe = _probe(hidden_size, span.dtype)
-        _lay_out(list(span.linears()), list(span.weights()), lambda: span.forward(probe, span.new_cache()))
+        weights = [weight for weight in span.weights() if weight.layout is torch.strided]
+        _lay_out(list(span.linears()), weights, lambda: span.forward(probe, span.new_cache()))
 
 
 def lay_out_head(head: nn.Module | None) -> None:
@@ -53,7 +55,7 @@ def lay_out_head(head: nn.Module | None) -> None:
 
 
 @torch.inference_mode()
-def _lay_out(linears: Sequence[nn.Linear], weights: Sequence[nn.Parameter], run: Callable[[], torch.Tensor]) -> None:
+def _lay_out(linears: Sequence[nn.Linear], weights: Sequence[torch.Tensor], run: Callable[[], torch.Tensor]) -> None:
     before = run()
     _lay_in_huge_pages(weights, _shapes_faster_transposed(linears))
     error = float((run() - before).float().norm() / before.float().norm())
@@ -93,7 +95,7 @@ def _time(weights: Sequence[torch.Tensor], vector: torch.Tensor) -> float:
     return time.perf_counter() - begun
 
 
-def _lay_in_huge_pages(weights: Sequence[nn.Parameter], transpose: set[torch.Size]) -> None:
+def _lay_in_huge_pages(weights: Sequence[torch.Tensor], transpose: set[torch.Size]) -> None:
     """Move `weights` into one run of memory, in huge pages where the kernel has them (madvise(2))."""
     arena = _arena(sum(_room(weight) for weight in weights) + _HUGE_PAGE_BYTES)
     offset = -arena.data_ptr() % _HUGE_PAGE_BYTES
