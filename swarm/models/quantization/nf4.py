@@ -23,7 +23,7 @@ from swarm.models.quantization.kernels import Kernel, Trial, fastest, sampled_ou
 
 GROUP = 64
 """Consecutive inputs of one output that share a scale."""
-BYTES_PER_WEIGHT = 0.5 + torch.float32.itemsize / GROUP
+BYTES_PER_WEIGHT = 0.5 + torch.bfloat16.itemsize / GROUP
 
 _BLOCK = 32
 """Outputs are padded to a multiple of this: the kernel's blocks."""
@@ -42,15 +42,17 @@ class Nf4Levels:
     levels: torch.Tensor
     """uint8 0 … 15, ``[outputs, inputs]``, both padded"""
     scale: torch.Tensor
-    """float32 that bfloat16 can hold, because one of the kernels does; ``[outputs, groups]``"""
+    """bfloat16, as one of the kernels takes it; ``[outputs, groups]``"""
 
     @classmethod
     def of(cls, weight: torch.Tensor) -> Self:
         """The nearest to floating-point ``[outputs, inputs]``."""
         groups = whole_groups(weight, GROUP)
-        scale = groups.abs().amax(dim=2).bfloat16().float()
+        scale = groups.abs().amax(dim=2).bfloat16()
         values = _values(weight.device)
-        levels = torch.bucketize(groups / scale.where(scale != 0, 1).unsqueeze(2), (values[1:] + values[:-1]) / 2)
+        levels = torch.bucketize(
+            groups / scale.float().where(scale != 0, 1).unsqueeze(2), (values[1:] + values[:-1]) / 2
+        )
         return cls(levels.to(torch.uint8).flatten(1), scale).padded()
 
     def padded(self) -> Self:
@@ -194,14 +196,14 @@ class _Blocks:
         outputs, inputs = levels.levels.shape
         pairs = levels.levels.view(outputs // _BLOCK, _BLOCK, inputs // 2, 2).transpose(1, 2)
         low, high = pairs.reshape(-1, 2, _BLOCK).unbind(1)
-        return (low | (high << 4)).view(outputs, inputs // 2), levels.scale.t().contiguous().bfloat16()
+        return (low | (high << 4)).view(outputs, inputs // 2), levels.scale.t().contiguous()
 
     def restore(self, *arranged: torch.Tensor) -> Nf4Levels:
         weight, scale = arranged
         outputs, half = weight.shape
         pairs = torch.stack([weight & 15, weight >> 4], dim=-1).view(outputs // _BLOCK, half, _BLOCK, 2)
         halves = pairs.transpose(2, 3).reshape(outputs // _BLOCK, half, _BLOCK, 2)
-        return Nf4Levels(halves.transpose(1, 2).reshape(outputs, 2 * half), scale.t().contiguous().float())
+        return Nf4Levels(halves.transpose(1, 2).reshape(outputs, 2 * half), scale.t().contiguous())
 
     def multiply(self, rows: torch.Tensor, *arranged: torch.Tensor) -> torch.Tensor:
         _bitsandbytes()  # registers the operator
@@ -222,7 +224,9 @@ def _bitsandbytes() -> Any:
 
 def _state(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> Any:
     shape = torch.Size((len(weight), 2 * weight.shape[1]))
-    return _bitsandbytes().functional.QuantState(scale.flatten(), shape, _values(weight.device), GROUP, "nf4", dtype)
+    return _bitsandbytes().functional.QuantState(
+        scale.flatten().float(), shape, _values(weight.device), GROUP, "nf4", dtype
+    )
 
 
 @functools.cache
