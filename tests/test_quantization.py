@@ -15,6 +15,7 @@ from tiny_models import save_tiny_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from swarm.commands import main, server
 from swarm.commands.local_swarm import LocalSwarm
 from swarm.errors import NoRoute
 from swarm.models import load_span, open_checkpoint
@@ -22,7 +23,7 @@ from swarm.models.quantization import SCHEMES, bytes_per_weight, int4, int8, nf4
 from swarm.models.quantization.kernels import works
 from swarm.models.together import way_together
 from swarm.models.weight_layout import lay_out_span
-from swarm.server.lifecycle import prepare
+from swarm.server.lifecycle import _check_quantization, prepare
 from swarm.server.settings import ServerSettings
 
 WORST = {"int8": 0.01, "nf4": 0.12, "int4": 0.1}
@@ -161,6 +162,15 @@ def test_spans_of_a_quantized_model_join_where_the_whole_would_run(family: str, 
     for one, two, unquantized in zip(whole, in_two, exact, strict=True):
         assert (two - one).norm() <= CUT[scheme] * one.norm()
         assert 0 < (one - unquantized).norm() < AMPLIFIED[scheme] * unquantized.norm()
+
+
+def test_schemes_that_do_not_exist_or_do_not_suit_the_device_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, option in ((server.main, "--quantize"), (main.main, "--quantization")):
+        with pytest.raises(SystemExit):
+            command([*(["generate"] if command is main.main else []), "smollm2", option, "int9"])
+        assert "invalid choice: 'int9' (choose from" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="int4 is not for this device: on cuda there is int8 and nf4"):
+        _check_quantization("int4", open_checkpoint("smollm2"), torch.device("cuda"))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

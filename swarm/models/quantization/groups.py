@@ -23,7 +23,7 @@ def whole_groups(weight: torch.Tensor, group: int) -> torch.Tensor:
     """
     missing = -weight.shape[1] % group
     full = torch.cat([weight, weight[:, -1:].expand(-1, missing)], dim=1) if missing else weight
-    return full.float().unflatten(1, (-1, group))
+    return full.float().contiguous().unflatten(1, (-1, group))
 
 
 def whole_rows(hidden_states: torch.Tensor, group: int) -> torch.Tensor:
