@@ -64,7 +64,7 @@ class AutoDistributedModelForCausalLM:
             activation_codec: send hidden states as ``"int8"``, ``"bfloat16"`` or ``"float16"``: less to send, and
                 not exact any more (:mod:`swarm.protocol.codec`); default: losslessly.
             allowed_servers, blocked_servers: peer ids to use only, or never.
-            quantization: use servers with ``"int8"`` weights; default: only those with unquantized ones.
+            quantization: use servers with ``"int8"``, ``"nf4"`` or ``"int4"`` weights; default: only unquantized ones.
             any_precision: also use servers of another precision.
 
         Returns:

@@ -29,7 +29,7 @@ class ClientSettings:
     blocked_servers: tuple[str, ...] = ()
     """Never use these peer ids."""
     quantization: str | None = None
-    """Use only servers whose weights were quantized so (``"int8"``); None: only those that were not."""
+    """Use only servers whose weights were quantized so (``"int8"``, …); None: only those that were not."""
     any_precision: bool = False
     """Also use servers that compute in another precision than the client's; output may then differ from local."""
 

@@ -20,7 +20,7 @@ from swarm.models.fast_blocks import FastBlocks, fuse_projections
 from swarm.models.kv_size import kv_bytes_per_position
 from swarm.models.paged_cache import PagePool
 from swarm.models.pages import pages_for
-from swarm.models.quantization import SCHEMES, bytes_per_weight
+from swarm.models.quantization import SCHEMES, SCHEMES_ON, bytes_per_weight
 from swarm.models.together import Together, way_together
 from swarm.models.weight_layout import lay_out_span
 from swarm.placement import choose_span
@@ -97,8 +97,10 @@ def prepare(settings: ServerSettings) -> Prepared:
 def _check_quantization(scheme: str, checkpoint: Checkpoint, device: torch.device) -> None:
     if scheme not in SCHEMES:
         raise ValueError(f"--quantize {scheme} is none of {', '.join(SCHEMES)}")
-    if device.type != "cpu":
-        raise ValueError(f"--quantize {scheme} is for CPUs as yet; leave it out on {device}")
+    here = SCHEMES_ON.get(device.type, ())
+    if scheme not in here:
+        instead = f"on {device} there is {' and '.join(here)}" if here else f"leave it out on {device}"
+        raise ValueError(f"--quantize {scheme} is not for this device: {instead}")
     if any("expert" in name for block in range(checkpoint.num_blocks) for name in checkpoint.tensor_names(block)):
         raise ValueError(f"{checkpoint.name} has experts, which cannot be quantized yet; leave --quantize out")
 

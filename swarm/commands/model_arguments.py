@@ -35,7 +35,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="send hidden states as int8, bfloat16 or float16: less to send, not exact any more (default: exactly)",
     )
     parser.add_argument(
-        "--quantization", choices=("int8",), help="use servers with such weights (default: unquantized ones)"
+        "--quantization",
+        choices=("int8", "nf4", "int4"),
+        help="use servers with such weights (default: unquantized ones)",
     )
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="(default: 256)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")

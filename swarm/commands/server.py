@@ -17,6 +17,7 @@ from swarm.commands.addresses import listen_addresses
 from swarm.commands.output import Output, add_output_arguments, run_command
 from swarm.commands.speeds import compute_sentence, network_sentence
 from swarm.dht import Announcement
+from swarm.models.quantization import SCHEMES
 from swarm.protocol.tensors import dtype_name
 from swarm.server import Server, ServerSettings
 from swarm.server.lifecycle import Prepared, prepare
@@ -183,8 +184,9 @@ def _parser() -> argparse.ArgumentParser:
     machine.add_argument("--dtype", choices=_DTYPES, default="auto", help="precision (default: that of the checkpoint)")
     machine.add_argument(
         "--quantize",
-        choices=("int8",),
-        help="hold the weights in 8 bits: faster, more blocks fit; clients must ask for it (default: no)",
+        choices=SCHEMES,
+        help="hold the weights in 8 or 4 bits: faster, more blocks fit, less exact; int4 is for CPUs, nf4 for GPUs; "
+        "clients must ask for it (default: no)",
     )
     machine.add_argument("--threads", type=_positive, metavar="N", help="CPU threads to compute with")
     machine.add_argument(

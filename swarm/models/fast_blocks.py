@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from swarm.models.fused_linear import FusedLinear, PartOfFused, fuse
+from swarm.models.fused_linear import FusedLinear, PartOfFused, fuse_in_place
 from swarm.models.paged_cache import PagedCache
 from swarm.models.span import Span
 from swarm.models.steps import Steps, begin_together
@@ -30,8 +30,8 @@ def fuse_projections(span: Span) -> None:
     """Make, in place, query, key and value one layer, and gate and up one, where blocks are built as Llama's."""
     for layer in span.layers:
         if _is_like_llama(layer):
-            fuse(layer.self_attn, ["q_proj", "k_proj", "v_proj"])
-            fuse(layer.mlp, ["gate_proj", "up_proj"])
+            fuse_in_place(layer.self_attn, ["q_proj", "k_proj", "v_proj"])
+            fuse_in_place(layer.mlp, ["gate_proj", "up_proj"])
 
 
 class FastBlocks:

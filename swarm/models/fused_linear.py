@@ -1,4 +1,4 @@
-"""One linear layer in place of several that are fed with the same: their weights are read in one go."""
+"""Join linear layers that are fed with the same hidden states into one, which reads them once and is called once."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from swarm.models.quantization import QUANTIZED_LINEARS
+
 
 class FusedLinear(nn.Module):
-    """A layer whose output is the outputs of others side by side.
+    """Stands for several layers: its outputs are theirs, one after the other.
 
     Attributes:
         linear: the layer that computes.
@@ -50,19 +52,69 @@ class PartOfFused(nn.Module):
         return self.fused.once(hidden_states)[..., self.begin : self.end]
 
 
-def fuse(parent: nn.Module, names: Sequence[str]) -> FusedLinear | None:
-    """Replace, in place, linear layers of `parent` that are fed with the same. None: such layers cannot be fused."""
+def fuse_in_place(parent: nn.Module, names: Sequence[str]) -> bool:
+    """Let linear layers of `parent` that are fed with the same be parts of one. False: they are not of a kind."""
     linears = [getattr(parent, name) for name in names]
-    if any(type(linear) is not nn.Linear for linear in linears) or len({one.bias is None for one in linears}) > 1:
-        return None
-    sizes = [linear.out_features for linear in linears]
-    with torch.device("meta"):
-        whole = nn.Linear(linears[0].in_features, sum(sizes), bias=False)
-    whole.weight = nn.Parameter(torch.cat([linear.weight.data for linear in linears]), requires_grad=False)
-    if linears[0].bias is not None:
-        whole.bias = nn.Parameter(torch.cat([linear.bias.data for linear in linears]), requires_grad=False)
-    fused, begin = FusedLinear(whole), 0
-    for name, size in zip(names, sizes, strict=True):
-        setattr(parent, name, PartOfFused(fused, begin, begin + size))
-        begin += size
+    try:
+        fused = FusedLinear(fuse(linears))
+    except ValueError:
+        return False
+    begin = 0
+    for name, linear in zip(names, linears, strict=True):
+        setattr(parent, name, PartOfFused(fused, begin, begin + _outputs(linear)))
+        begin += _outputs(linear)
+    return True
+
+
+def fuse(linears: Sequence[nn.Module]) -> nn.Module:
+    """A layer whose outputs are those of `linears`, one after the other.
+
+    Quantized layers give exactly the same numbers; sums of others may differ in the last bits. The weights of plain
+    layers become views of the fused one, so that nothing is held twice; quantized layers should be dropped after this.
+
+    Args:
+        linears: all of the same kind, inputs, precision and device; some may have a bias.
+
+    Raises:
+        ValueError: they are not.
+    """
+    kinds = {type(linear) for linear in linears}
+    if len(kinds) != 1:
+        raise ValueError(f"layers of different kinds cannot be fused: {', '.join(sorted(map(str, kinds)))}")
+    kind = kinds.pop()
+    if kind is nn.Linear:
+        return _fuse_plain([linear for linear in linears if isinstance(linear, nn.Linear)])
+    if kind in QUANTIZED_LINEARS:
+        fused: nn.Module = kind.fuse(linears, _fuse_biases(linears))
+        return fused
+    raise ValueError(f"{kind.__name__} is no layer that can be fused")
+
+
+def _fuse_plain(linears: Sequence[nn.Linear]) -> nn.Linear:
+    one = linears[0].weight
+    if any((each.weight.shape[1], each.weight.dtype) != (one.shape[1], one.dtype) for each in linears):
+        raise ValueError("layers of unequal inputs or precision cannot be fused")
+    weight = one.new_empty(sum(len(linear.weight) for linear in linears), one.shape[1])
+    fused = nn.Linear(one.shape[1], len(weight), bias=False, device="meta")
+    fused.bias = _fuse_biases(linears)
+    fused.weight = nn.Parameter(weight, requires_grad=False)
+    for linear, part in zip(linears, weight.split([len(linear.weight) for linear in linears]), strict=True):
+        linear.weight.data = part.copy_(linear.weight.data)
     return fused
+
+
+def _fuse_biases(linears: Sequence[nn.Module]) -> nn.Parameter | None:
+    biases = [linear.bias for linear in linears]
+    some = next((bias for bias in biases if bias is not None), None)
+    if some is None:
+        return None
+    each = [
+        some.new_zeros(_outputs(linear)) if bias is None else bias.data
+        for linear, bias in zip(linears, biases, strict=True)
+    ]
+    return nn.Parameter(torch.cat(each), requires_grad=False)
+
+
+def _outputs(linear: nn.Module) -> int:
+    outputs: int = linear.out_features if isinstance(linear, nn.Linear) else linear.outputs
+    return outputs

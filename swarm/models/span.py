@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from swarm.models.checkpoint import Checkpoint
 from swarm.models.loading import load_part
-from swarm.models.quantization import quantize_linears
+from swarm.models.quantization import QUANTIZED_LINEARS, quantize_linears
 from swarm.models.surgery import NumberedLayers, find_base, keep_only_layers
 
 
@@ -102,10 +102,13 @@ class Span:
         """What the span's weights occupy."""
         return sum(weight.numel() * weight.element_size() for weight in self.weights())
 
-    def weights(self) -> Iterator[nn.Parameter]:
-        """Every weight of the span."""
+    def weights(self) -> Iterator[torch.Tensor]:
+        """Every weight of the span, the scales of quantized ones included."""
         for layer in self.layers:
             yield from layer.parameters()
+            for module in layer.modules():
+                if isinstance(module, QUANTIZED_LINEARS):
+                    yield from module.buffers(recurse=False)
 
     @cached_property
     def configs(self) -> tuple[PretrainedConfig, ...]:

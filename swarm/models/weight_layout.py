@@ -53,8 +53,9 @@ Layouts = dict[torch.Size, Layout]
 def lay_out_span(span: Span, hidden_size: int, choose: Callable[[Sequence[nn.Module]], Layouts] | None = None) -> None:
     """Move the weights of `span` to where, and into the order in which, they are read fastest.
 
-    Does nothing for weights on a device. The span's output is compared before and after: sums in another order may
-    differ in the last bits, and anything more makes this warn and put the elements back in their order.
+    Does nothing for weights on a device, or in an order of oneDNN's own. The span's output is compared before and
+    after: sums in another order may differ in the last bits, and anything more makes this warn and put the elements
+    back in their order.
 
     Args:
         choose: says how the matrices of some layers are to lie, by their shapes; default: timed here.
@@ -68,7 +69,7 @@ def lay_out_span(span: Span, hidden_size: int, choose: Callable[[Sequence[nn.Mod
             if layouts.get(_matrix(getattr(parent, name)).shape) is Layout.PACKED:
                 setattr(parent, name, PackedLinear(getattr(parent, name)))
         transposed = {shape for shape, layout in layouts.items() if layout is Layout.TRANSPOSED}
-        _lay_in_huge_pages([weight for weight in span.weights() if not weight.is_mkldnn], transposed)
+        _lay_in_huge_pages([weight for weight in span.weights() if weight.layout is torch.strided], transposed)
         if not _is_close(_run(span, probe), before):
             _put_back(places)
 
@@ -184,7 +185,7 @@ def _put_back(places: Sequence[tuple[nn.Module, str]]) -> None:
             linear.weight.data = linear.weight.data.contiguous()
 
 
-def _lay_in_huge_pages(weights: Sequence[nn.Parameter], transpose: Collection[torch.Size]) -> None:
+def _lay_in_huge_pages(weights: Sequence[torch.Tensor], transpose: Collection[torch.Size]) -> None:
     """Move `weights` into one run of memory, in huge pages where the kernel has them (madvise(2))."""
     arena = _arena(sum(_room(weight) for weight in weights) + _HUGE_PAGE_BYTES)
     offset = -arena.data_ptr() % _HUGE_PAGE_BYTES

@@ -1,0 +1,220 @@
+"""Of several kernels for the same product, find the one that is fastest on this machine, and remember it.
+
+A kernel is used only where it works: one that raises, or whose product is not that of the dequantized weights, is left
+out. All kernels of a scheme read the same levels, so servers that choose differently agree up to rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+import torch
+
+from swarm import __version__
+from swarm.cache_directory import cache_directory, write_atomically
+
+logger = logging.getLogger(__name__)
+
+Levels = TypeVar("Levels")
+"""How a scheme holds a weight before a kernel has arranged it."""
+
+_ROUNDS = 3
+_WORTHWHILE = 0.95
+"""A kernel is preferred to an earlier one of the list when it takes at most this share of its time."""
+_SAMPLE_BYTES = 48 * 1024**2
+"""Decode steps are timed over this much, which few caches hold."""
+_MOST_COPIES = 128
+_SAMPLE_WEIGHTS = 1 << 22
+
+
+class Kernel(Protocol[Levels]):
+    """A way to multiply with quantized weights."""
+
+    @property
+    def name(self) -> str:
+        """How the choice is remembered: unique in its scheme."""
+
+    def arrange(self, levels: Levels) -> tuple[torch.Tensor, ...]:
+        """The weight in the order in which this kernel reads it."""
+
+    def restore(self, *arranged: torch.Tensor) -> Levels:
+        """What :meth:`arrange` was given."""
+
+    def multiply(self, rows: torch.Tensor, *arranged: torch.Tensor) -> torch.Tensor:
+        """``[rows, inputs]`` to ``[rows, outputs]``."""
+
+
+@dataclass(frozen=True)
+class Trial(Generic[Levels]):
+    """What kernels are tried on: made-up weights of a real shape."""
+
+    levels: Levels
+    few: Sequence[torch.Tensor]
+    """Rows ``[rows, inputs]``, as in decode steps, which read weights that no cache holds."""
+    many: torch.Tensor
+    """Likewise, as in prefill."""
+    product: Callable[[torch.Tensor], torch.Tensor]
+    """The true product for rows."""
+    tolerance: float
+    """What the product may differ, as a relative norm."""
+
+
+@dataclass(frozen=True)
+class Situation:
+    """All that the choice depends on."""
+
+    scheme: str
+    outputs: int
+    inputs: int
+    processor: str
+    threads: int
+    torch: str
+    swarm: str
+    kernels: tuple[str, ...]
+
+
+def fastest(
+    scheme: str,
+    shape: Sequence[int],
+    device: torch.device,
+    kernels: Sequence[Kernel[Levels]],
+    trial: Callable[[], Trial[Levels]],
+) -> Kernel[Levels]:
+    """The kernel that is fastest for a weight ``[outputs, inputs]``, as remembered, else as measured now (0.3 s).
+
+    Args:
+        kernels: the candidates; of equals the first is taken.
+        trial: makes what they are tried on.
+
+    Raises:
+        RuntimeError: none of them works.
+    """
+    names = tuple(kernel.name for kernel in kernels)
+    situation = Situation(
+        scheme, *shape, _processor(device), torch.get_num_threads(), torch.__version__, __version__, names
+    )
+    file = _file(situation)
+    name = _chosen.get(file) or remembered(file, situation)
+    if name is None:
+        name = _measure(situation, kernels, trial())
+        write_atomically(file, json.dumps({"situation": asdict(situation), "kernel": name}, indent=1))
+    _chosen[file] = name
+    return next(kernel for kernel in kernels if kernel.name == name)
+
+
+_chosen: dict[Path, str] = {}
+"""What this process has chosen: models have hundreds of layers, and a file may be impossible to write."""
+
+
+def decide(times: Mapping[str, Sequence[float]]) -> str:
+    """The name of the kernel with the least geometric mean; of those that are about equal, the first.
+
+    Args:
+        times: for every kernel, the seconds that the same calls took.
+    """
+    best, *others = times
+    for name in others:
+        ratios = [time_s / best_s for time_s, best_s in zip(times[name], times[best], strict=True)]
+        if math.prod(ratios) ** (1 / len(ratios)) <= _WORTHWHILE:
+            best = name
+    return best
+
+
+def remembered(file: Path, situation: Situation) -> str | None:
+    """The kernel that `file` names for `situation`; None if there is no such file, or it is damaged or not ours."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(found, dict) or found.get("situation") != {**asdict(situation), "kernels": [*situation.kernels]}:
+        return None
+    name = found.get("kernel")
+    return name if name in situation.kernels else None
+
+
+def sampled_outputs(outputs: int, inputs: int) -> int:
+    """How many outputs of a weight to try kernels on: of a very large one, a part will do."""
+    return min(outputs, max(1, _SAMPLE_WEIGHTS // inputs // 64) * 64)
+
+
+def works(kernel: Kernel[Levels], trial: Trial[Levels]) -> bool:
+    """Whether `kernel` runs on this machine and computes the true product."""
+    try:
+        arranged = kernel.arrange(trial.levels)
+        pairs = [(kernel.multiply(rows, *arranged).double(), trial.product(rows)) for rows in (*trial.few, trial.many)]
+    except Exception as error:  # whatever a backend raises that lacks something
+        logger.debug("%s does not work here: %r", kernel.name, error)
+        return False
+    return all(
+        found.shape == true.shape and bool((found - true).norm() <= trial.tolerance * true.norm())
+        for found, true in pairs
+    )
+
+
+def _measure(situation: Situation, kernels: Sequence[Kernel[Levels]], trial: Trial[Levels]) -> str:
+    working = [kernel for kernel in kernels if works(kernel, trial)]
+    if not working:
+        raise RuntimeError(f"no kernel for {situation.scheme} weights works on {situation.processor}")
+    if len(working) == 1:
+        return working[0].name
+    calls = {kernel.name: _calls(kernel, trial) for kernel in working}
+    times: dict[str, list[list[float]]] = {name: [] for name in calls}
+    for _ in range(1 + _ROUNDS):
+        for name, ways in calls.items():
+            times[name].append([_time(call) for call in ways])
+    medians = {name: [statistics.median(of) for of in zip(*rounds[1:], strict=True)] for name, rounds in times.items()}
+    name = decide(medians)
+    logger.info("%s of %s, in ms: %s", name, situation, {one: [1e3 * s for s in of] for one, of in medians.items()})
+    return name
+
+
+def _calls(kernel: Kernel[Levels], trial: Trial[Levels]) -> list[Callable[[], object]]:
+    arranged = kernel.arrange(trial.levels)
+    size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in arranged)
+    copies = [
+        [tensor.clone() for tensor in arranged] for _ in range(min(-(-_SAMPLE_BYTES // size_bytes), _MOST_COPIES))
+    ]
+
+    def decode(rows: torch.Tensor) -> torch.Tensor:
+        return torch.stack([kernel.multiply(rows, *copy)[0, 0] for copy in copies]).cpu()
+
+    return [
+        *(functools.partial(decode, rows) for rows in trial.few),
+        lambda: kernel.multiply(trial.many, *arranged).cpu(),
+    ]
+
+
+def _time(call: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
+
+
+def _file(situation: Situation) -> Path:
+    digest = hashlib.sha256(json.dumps(asdict(situation)).encode()).hexdigest()
+    return cache_directory("kernels") / f"{situation.scheme}-{digest[:24]}.json"
+
+
+@functools.cache
+def _processor(device: torch.device) -> str:
+    """The name of a device and, of a CPU, what instructions torch uses on it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
