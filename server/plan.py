@@ -27,6 +27,7 @@ class MemoryPlan:
     block_bytes: int
     """The weights of the largest block that may be hosted."""
     weight_bytes: int
+    """Of all weights that are in memory at the same time."""
     kv_bytes_per_token: int
     """Per position, over all hosted blocks."""
     kv_tokens: int
@@ -35,6 +36,10 @@ class MemoryPlan:
     model_blocks: int
     kept_bytes_per_token: int = 0
     """Activations that were sent on, kept to bring a replacement of the next server up to date; in this memory."""
+    offloaded_blocks: int = 0
+    """Of the blocks to host, so many are read from disk at every step."""
+    window_blocks: int = 0
+    """For them, there is memory for so many of the largest."""
 
     @property
     def kept_blocks(self) -> int:
@@ -53,16 +58,26 @@ class MemoryPlan:
     def total_bytes(self) -> int:
         return PROCESS_BYTES + WORKING_BYTES + self.weight_bytes + self.kv_bytes + self.kept_bytes
 
+    @property
+    def offloaded_bytes(self) -> int:
+        """What is kept on disk, and read from there at every step, at most."""
+        return self.offloaded_blocks * self.block_bytes
+
     def lines(self) -> list[str]:
         """The plan as a person reads it before anything is loaded."""
         per_block = self.kv_bytes_per_token // self.num_blocks
+        weights = f"{self.num_blocks} of {self.model_blocks} blocks"
+        if self.offloaded_blocks:
+            staying = self.num_blocks - self.offloaded_blocks
+            weights = f"{_blocks(staying)} that {'stays' if staying == 1 else 'stay'}, room for {self.window_blocks} more"
         rows = [
             ("memory allowed", self.memory_bytes, self.memory_from),
             ("program, buffers", PROCESS_BYTES + WORKING_BYTES, "torch, p2pd, activations in flight"),
-            ("weights", self.weight_bytes, f"{self.num_blocks} of {self.model_blocks} blocks"),
+            ("weights", self.weight_bytes, weights),
             ("KV cache, at most", self.kv_bytes, f"{self.kv_tokens:,} positions, {size(per_block)} per block"),
             ("kept for recovery", self.kept_bytes, "at most: activations, to bring a next server up to date"),
             ("total, at most", self.total_bytes, ""),
+            ("read every step", self.offloaded_bytes, f"{_blocks(self.offloaded_blocks)}, from disk: these set the pace"),
         ]  # fmt: skip
         rows = [row for row in rows if row[1]]
         return [f"  {name:<18}{size(amount):>10}   {note}".rstrip() for name, amount, note in rows]
@@ -78,8 +93,12 @@ def make_plan(
     num_blocks: int | None = None,
     kv_tokens: int | None = None,
     kept_bytes_per_position: int = 0,
+    window_blocks: int | None = None,
 ) -> MemoryPlan:
     """Choose how many blocks and how much KV cache to hold.
+
+    If blocks may be read from disk at every step, memory goes to blocks first, which speeds up every step, and only what
+    is left to more than the least KV cache.
 
     Args:
         block_bytes: the weights of every block of the model, in memory.
@@ -88,6 +107,8 @@ def make_plan(
         num_blocks: as many as the owner wants, if `blocks` is None.
         kv_tokens: as many positions as the owner wants; None: what is left, within reason.
         kept_bytes_per_position: of the activations that are kept for recovery, if that is the same memory.
+        window_blocks: blocks that do not fit may be read from disk at every step, through memory for so many;
+            as many blocks as fit are then those whose KV cache fits. None: all blocks must fit.
 
     Raises:
         InsufficientMemory: it does not fit; says how much is missing and what would fit.
@@ -98,13 +119,24 @@ def make_plan(
     program = PROCESS_BYTES + WORKING_BYTES
     usable = memory_bytes - program
     fitting = min(model_blocks, max(0, usable - least_kept) // (largest + least_tokens * kv_bytes_per_block))
+    if window_blocks is not None:
+        spare = usable - least_kept - (window_blocks + 1) * largest
+        fitting = max(fitting, min(model_blocks, max(0, spare) // (least_tokens * kv_bytes_per_block)))
     wanted = (blocks[1] - blocks[0]) if blocks else num_blocks
     count = max(fitting, 1) if wanted is None else wanted
     weights = sum(block_bytes[slice(*blocks)]) if blocks else count * largest
+    hosted_largest = max(block_bytes[slice(*blocks)]) if blocks else largest
+    room = usable - least_kept - least_tokens * kv_bytes_per_block * count
+    offloaded = 0
+    if window_blocks is not None and weights > room:
+        held = max(room // hosted_largest, window_blocks + 1)
+        if held * hosted_largest < weights:
+            weights, offloaded = held * hosted_largest, count - held + window_blocks
     needed = weights + least_tokens * kv_bytes_per_block * count + least_kept
     if needed > usable:
         raise InsufficientMemory(
-            f"{_blocks(count)} with {least_tokens:,} positions of KV cache need "
+            f"{_blocks(count)} with {least_tokens:,} positions of KV cache"
+            f"{f', {count - offloaded + window_blocks} of them in memory at a time,' if offloaded else ''} need "
             f"{size(needed + program, round_up=True)} "
             f"(of which {size(program)} for the program), "
             f"but only {size(memory_bytes)} are allowed ({memory_from}). "
@@ -116,13 +148,15 @@ def make_plan(
     return MemoryPlan(
         memory_bytes=memory_bytes,
         memory_from=memory_from,
-        block_bytes=max(block_bytes[slice(*blocks)]) if blocks else largest,
+        block_bytes=hosted_largest,
         weight_bytes=weights,
         kv_bytes_per_token=kv_bytes_per_block * count,
         kv_tokens=kv_tokens or min(affordable, MAX_DEFAULT_KV_TOKENS),
         num_blocks=count,
         model_blocks=model_blocks,
         kept_bytes_per_token=kept_bytes_per_position,
+        offloaded_blocks=offloaded,
+        window_blocks=window_blocks if offloaded else 0,
     )
 
 

@@ -113,6 +113,17 @@ class Checkpoint:
             return hashlib.sha256(f"hub {self.name} {self._hub_commit}".encode()).hexdigest()
         return self.digests.model
 
+    def block_digest(self, block: int) -> str:
+        """Names the weights of one block; of a model from the Hub they need not be there to tell."""
+        if self.files.paths:
+            return self.digests.blocks[block]
+        return hashlib.sha256(f"{self.model_digest} {block}".encode()).hexdigest()
+
+    @cached_property
+    def config_digest(self) -> str:
+        """Names the configuration."""
+        return hashlib.sha256(self.config.to_json_string(use_diff=False).encode()).hexdigest()
+
     def verify(self, block: int | None) -> None:
         """Check the bytes of one block (None: the shell) against the digest that is known for it, if one is.
 

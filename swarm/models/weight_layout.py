@@ -14,12 +14,14 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from swarm.models.span import Span
+if TYPE_CHECKING:
+    from swarm.models.span import Span
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,31 @@ def lay_out_span(span: Span, hidden_size: int) -> None:
         _lay_out(list(span.linears()), list(span.weights()), lambda: span.forward(probe, span.new_cache()))
 
 
+def shapes_faster_transposed(block: nn.Module, count: int) -> set[torch.Size]:
+    """The shapes of linear layers that `count` blocks like this one, on the CPU, are best read transposed in.
+
+    For blocks that are not in memory together: they are timed over copies of this one's weights. Shapes whose results
+    would change by more than the last bits are not among them.
+    """
+    linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
+    if count * sum(_room(linear.weight) for linear in linears) < _SAMPLE_BYTES:
+        return set()
+    of_each = {linear.weight.shape: linear.weight.data for linear in linears}
+    return {
+        shape
+        for shape, weight in of_each.items()
+        if _stays_the_same_transposed(weight)
+        and _is_faster_transposed([weight.clone() for _ in range(-(-_SAMPLE_BYTES // _room(weight)))])
+    }
+
+
+def huge_page_memory(size_bytes: int) -> torch.Tensor:
+    """Memory ``[size_bytes]`` uint8 that begins on a huge page, and consists of them where the kernel has them."""
+    arena = _arena(size_bytes + _HUGE_PAGE_BYTES)
+    offset = -arena.data_ptr() % _HUGE_PAGE_BYTES
+    return arena[offset : offset + size_bytes]
+
+
 def lay_out_head(head: nn.Module | None) -> None:
     """Likewise for the layer that makes logits, if it is a linear one."""
     if isinstance(head, nn.Linear) and head.weight.device.type == "cpu":
@@ -56,7 +83,7 @@ def lay_out_head(head: nn.Module | None) -> None:
 def _lay_out(linears: Sequence[nn.Linear], weights: Sequence[nn.Parameter], run: Callable[[], torch.Tensor]) -> None:
     before = run()
     _lay_in_huge_pages(weights, _shapes_faster_transposed(linears))
-    error = float((run() - before).float().norm() / before.float().norm())
+    error = _difference(run(), before)
     if not error <= _TOLERANCE.get(before.dtype, _HALF_TOLERANCE):
         logger.warning("transposed weights change the result by %.1e on this machine: not used", error)
         for linear in linears:
@@ -86,6 +113,17 @@ def _is_faster_transposed(weights: Sequence[torch.Tensor]) -> bool:
     return statistics.median(ratios) <= _WORTHWHILE
 
 
+def _stays_the_same_transposed(weight: torch.Tensor) -> bool:
+    probe = _probe(weight.shape[1], weight.dtype)
+    plain = functional.linear(probe, weight)
+    transposed = functional.linear(probe, weight.t().contiguous().t())
+    return _difference(transposed, plain) <= _TOLERANCE.get(weight.dtype, _HALF_TOLERANCE)
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).float().norm() / expected.float().norm())
+
+
 def _time(weights: Sequence[torch.Tensor], vector: torch.Tensor) -> float:
     begun = time.perf_counter()
     for weight in weights:
@@ -95,8 +133,8 @@ def _time(weights: Sequence[torch.Tensor], vector: torch.Tensor) -> float:
 
 def _lay_in_huge_pages(weights: Sequence[nn.Parameter], transpose: set[torch.Size]) -> None:
     """Move `weights` into one run of memory, in huge pages where the kernel has them (madvise(2))."""
-    arena = _arena(sum(_room(weight) for weight in weights) + _HUGE_PAGE_BYTES)
-    offset = -arena.data_ptr() % _HUGE_PAGE_BYTES
+    arena = huge_page_memory(sum(_room(weight) for weight in weights))
+    offset = 0
     for weight in weights:
         place = arena[offset : offset + weight.numel() * weight.element_size()].view(weight.dtype)
         if weight.shape in transpose:
