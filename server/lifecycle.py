@@ -82,7 +82,7 @@ def prepare(settings: ServerSettings) -> Prepared:
         num_blocks=settings.num_blocks,
         kv_tokens=settings.kv_tokens,
         kept_bytes_per_position=checkpoint.hidden_size * dtype.itemsize if device.type == "cpu" else 0,
-        window_blocks=WINDOW_BLOCKS if settings.offload else None,
+        window_blocks=WINDOW_BLOCKS if settings.offload else 0,
     )
     return Prepared(checkpoint, device, dtype, plan)
 

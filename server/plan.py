@@ -68,8 +68,8 @@ class MemoryPlan:
         per_block = self.kv_bytes_per_token // self.num_blocks
         weights = f"{self.num_blocks} of {self.model_blocks} blocks"
         if self.offloaded_blocks:
-            staying = self.num_blocks - self.offloaded_blocks
-            weights = f"{_blocks(staying)} that {'stays' if staying == 1 else 'stay'}, room for {self.window_blocks} more"
+            staying = _blocks(self.num_blocks - self.offloaded_blocks)
+            weights = f"{staying} for good, room for {self.window_blocks} of the others at a time"
         rows = [
             ("memory allowed", self.memory_bytes, self.memory_from),
             ("program, buffers", PROCESS_BYTES + WORKING_BYTES, "torch, p2pd, activations in flight"),
@@ -77,7 +77,7 @@ class MemoryPlan:
             ("KV cache, at most", self.kv_bytes, f"{self.kv_tokens:,} positions, {size(per_block)} per block"),
             ("kept for recovery", self.kept_bytes, "at most: activations, to bring a next server up to date"),
             ("total, at most", self.total_bytes, ""),
-            ("read every step", self.offloaded_bytes, f"{_blocks(self.offloaded_blocks)}, from disk: these set the pace"),
+            ("read every step", self.offloaded_bytes, f"from disk: {_blocks(self.offloaded_blocks)}"),
         ]  # fmt: skip
         rows = [row for row in rows if row[1]]
         return [f"  {name:<18}{size(amount):>10}   {note}".rstrip() for name, amount, note in rows]
@@ -93,12 +93,12 @@ def make_plan(
     num_blocks: int | None = None,
     kv_tokens: int | None = None,
     kept_bytes_per_position: int = 0,
-    window_blocks: int | None = None,
+    window_blocks: int = 0,
 ) -> MemoryPlan:
     """Choose how many blocks and how much KV cache to hold.
 
-    If blocks may be read from disk at every step, memory goes to blocks first, which speeds up every step, and only what
-    is left to more than the least KV cache.
+    If blocks may be read from disk at every step, memory goes to blocks first, which speeds up every step, and only
+    what is left goes to more than the least KV cache.
 
     Args:
         block_bytes: the weights of every block of the model, in memory.
@@ -108,7 +108,7 @@ def make_plan(
         kv_tokens: as many positions as the owner wants; None: what is left, within reason.
         kept_bytes_per_position: of the activations that are kept for recovery, if that is the same memory.
         window_blocks: blocks that do not fit may be read from disk at every step, through memory for so many;
-            as many blocks as fit are then those whose KV cache fits. None: all blocks must fit.
+            as many blocks as fit are then those whose KV cache fits. 0: all blocks must fit.
 
     Raises:
         InsufficientMemory: it does not fit; says how much is missing and what would fit.
@@ -119,7 +119,7 @@ def make_plan(
     program = PROCESS_BYTES + WORKING_BYTES
     usable = memory_bytes - program
     fitting = min(model_blocks, max(0, usable - least_kept) // (largest + least_tokens * kv_bytes_per_block))
-    if window_blocks is not None:
+    if window_blocks:
         spare = usable - least_kept - (window_blocks + 1) * largest
         fitting = max(fitting, min(model_blocks, max(0, spare) // (least_tokens * kv_bytes_per_block)))
     wanted = (blocks[1] - blocks[0]) if blocks else num_blocks
@@ -128,7 +128,7 @@ def make_plan(
     hosted_largest = max(block_bytes[slice(*blocks)]) if blocks else largest
     room = usable - least_kept - least_tokens * kv_bytes_per_block * count
     offloaded = 0
-    if window_blocks is not None and weights > room:
+    if window_blocks and weights > room:
         held = max(room // hosted_largest, window_blocks + 1)
         if held * hosted_largest < weights:
             weights, offloaded = held * hosted_largest, count - held + window_blocks

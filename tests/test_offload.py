@@ -130,7 +130,8 @@ def test_transposed_weights_are_streamed_as_they_lie(home: Path) -> None:
 def test_a_file_gives_back_every_tensor_in_the_order_asked_for(transposed: set[torch.Size], home: Path) -> None:
     tensors = {
         "matrix": torch.randn(6, 4), "experts": torch.randn(3, 6, 4), "bias": torch.randn(5).bfloat16(),
-        "levels": torch.randint(-127, 128, (6, 4), dtype=torch.int8), "scalar": torch.tensor(2.5), "none": torch.empty(0),
+        "levels": torch.randint(-127, 128, (6, 4), dtype=torch.int8), "scalar": torch.tensor(2.5),
+        "none": torch.empty(0),
     }  # fmt: skip
     key = BlockKey("a" * 64, "b" * 64, "torch.float32", None)
     assert open_block(key) is None
@@ -410,8 +411,8 @@ def test_the_plan_keeps_as_many_blocks_as_fit_and_says_what_is_read() -> None:
     plan = make_plan([10 * MIB] * 40, window_blocks=2, **room)
     assert (plan.num_blocks, plan.offloaded_blocks, plan.window_blocks) == (30, 22, 2)
     assert plan.weight_bytes == 100 * MIB and plan.offloaded_bytes == 220 * MIB
-    assert any("8 blocks that stay, room for 2 more" in line for line in plan.lines())
-    assert any("read every step" in line and "220.0 MiB   22 blocks, from disk" in line for line in plan.lines())
+    assert any("8 blocks for good, room for 2 of the others at a time" in line for line in plan.lines())
+    assert any("read every step" in line and "220.0 MiB   from disk: 22 blocks" in line for line in plan.lines())
     with pytest.raises(InsufficientMemory):
         make_plan([10 * MIB] * 40, **room)
 

@@ -178,11 +178,11 @@ def _parser() -> argparse.ArgumentParser:
     machine.add_argument(
         "--offload",
         action="store_true",
-        help="host more blocks than fit in memory: as many as fit stay there, the others are read from disk at every "
-        "step. That sets the pace (it is measured, and announced, so that sessions prefer faster servers), and is meant "
-        "for blocks that nobody else hosts and for an SSD. The first start writes the blocks, ready to compute with, to "
-        "~/.cache/swarm/offload (or $SWARM_HOME/offload), which takes as much room there as they would in memory; --dtype "
-        "bfloat16 or --quantize int8 make them smaller, and steps faster. One more CPU thread reads (default: no)",
+        help="host more blocks than fit: as many as fit stay in memory, the others are read from disk at every step. "
+        "That is slow (how slow is measured, and announced), so it is for blocks that too few others host, and for an "
+        "SSD. The first start writes those blocks, ready to compute with, to ~/.cache/swarm/offload or "
+        "$SWARM_HOME/offload: as much as they would take in memory, so --dtype bfloat16 and --quantize int8 make steps "
+        "faster. One thread more than --threads reads (default: no)",
     )
     machine.add_argument("--threads", type=_positive, metavar="N", help="CPU threads to compute with")
     machine.add_argument("--max-sessions", type=_positive, default=256, metavar="N", help="(default: 256)")

@@ -1,4 +1,4 @@
-"""Keep single blocks on disk exactly as they are served: one file each, written whole or not at all, checked on opening.
+"""Keep single blocks on disk as they are served: one file each, written whole or not at all, checked when opened.
 
 A file is a header of whole pages (JSON: what it holds, where its tensors lie, a checksum), and then the tensors in the
 precision, quantization and order in which they are served: a map of the file is ready to compute with.
@@ -43,8 +43,8 @@ _POPULATE_READ = 22
 _ABANDONED_S = 3600.0
 """A temporary file that nobody has written to for this long was left by a process that was killed."""
 _REMEDY = (
-    "Make room, set SWARM_HOME to a directory on another disk, give more --memory, host fewer blocks, or choose a smaller "
-    "--dtype."
+    "Make room, set SWARM_HOME to a directory on another disk, give more --memory, host fewer blocks, or choose a "
+    "smaller --dtype."
 )
 
 
@@ -101,7 +101,9 @@ class BlockFile:
         self.path, self.tensors = path, tensors
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # nobody writes to weights
             self.memory = torch.frombuffer(map_, dtype=torch.uint8)[header_bytes:]
-        self._map, self._header_bytes = map_, header_bytes
+        self._map = map_
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # what comes from disk, comes in large pieces, which are faster to read, too
+            _madvise(self.memory, mmap.MADV_HUGEPAGE)
 
     def views_in(self, memory: torch.Tensor) -> dict[str, torch.Tensor]:
         """The tensors by name, where `memory` (uint8, on any device) is, or will be, a copy of :attr:`memory`."""

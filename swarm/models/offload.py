@@ -5,9 +5,10 @@ would never hold what comes next. So as many blocks as fit stay in memory for go
 pass through a small window: a thread brings them in the order of the last pass, just before they run, and drops them
 once they have run. A batch of sessions runs a block as a whole, so its weights are read once for all of them.
 
-On the CPU, a block's file is mapped, and its tensors stay at their addresses: whoever computes with them at any time gets
-the right numbers, and the window only decides what is in memory. Maps won over preadv(2) into buffers of huge pages: where
-files are in the page cache nothing is copied (docs/benchmarks.md), and the window takes no memory twice.
+On the CPU, a block's file is mapped, and its tensors stay at their addresses: whoever computes with them at any time
+gets the right numbers, and the window only decides what is in memory. Maps won over preadv(2) into buffers of huge
+pages: files that are in the page cache are not copied (22 blocks of SmolLM2 took 22 ms instead of 32), and no page is
+in memory twice.
 """
 
 from __future__ import annotations
@@ -209,7 +210,7 @@ class _MappedWindow:
 
 
 class _CudaWindow:
-    """Buffers on a CUDA device, to which a layer's tensors are pointed when it runs, and pinned memory on the way there.
+    """Buffers on a CUDA device, where a layer's tensors are when it runs, and pinned memory on the way there.
 
     Reading, copying and computing overlap: copies have a stream of their own, and wait for computations, and
     computations for copies, on the device. (No test runs this: none of our machines has such a device.)
