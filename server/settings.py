@@ -17,7 +17,7 @@ class ServerSettings:
     initial_peers: tuple[str, ...] = ()
     """Multiaddrs of peers to join through; none: begin a new swarm."""
     blocks: tuple[int, int] | None = None
-    """The span to host; None: as many blocks as fit (with ``offload``: whose KV cache fits), where the swarm needs them most."""
+    """The span to host; None: as many blocks as fit (with ``offload``: whose KV cache fits), where needed most."""
     num_blocks: int | None = None
     """With ``blocks=None``: host exactly this many."""
     memory_bytes: int | None = None

@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -388,6 +390,23 @@ def test_the_reading_thread_ends_with_the_span(tiny: Path, home: Path) -> None:
     while any(thread.name.startswith("offload") for thread in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+LEAN = """
+import sys
+import torch
+from swarm.server.lifecycle import load_span, open_checkpoint
+for scheme in (None, "int8"):
+    span = load_span(open_checkpoint(sys.argv[1]), 0, 4, dtype=torch.float32, quantization=scheme, offloaded_blocks=3)
+    span.forward(torch.ones(1, 3, 64), span.new_cache())
+print(sorted({"torch._dynamo", "torch.distributed.tensor", "sympy", "scipy"} & sys.modules.keys()))
+"""
+
+
+def test_offloading_needs_no_compiler(tiny: Path, home: Path) -> None:
+    """torch computes on the meta device, where layers without weights are made, with the help of 70 MB."""
+    result = subprocess.run([sys.executable, "-c", LEAN, str(tiny)], capture_output=True, text=True, timeout=120)
+    assert result.stdout == "[]\n", result.stderr
 
 
 def test_the_measured_throughput_is_that_of_a_long_run(home: Path) -> None:
