@@ -240,6 +240,19 @@ def test_other_spans_of_the_model_use_the_same_files(tiny: Path, home: Path) -> 
     assert set(files_in(home)) == before
 
 
+def test_the_same_model_in_another_place_uses_the_same_files(tiny: Path, tmp_path: Path, home: Path) -> None:
+    load(tiny, 3)
+    before = set(files_in(home))
+    shutil.copytree(tiny, tmp_path / "copy")
+    load(tmp_path / "copy", 3)
+    assert set(files_in(home)) == before
+
+
+def test_a_gguf_file_has_the_same_blocks_on_every_start(home: Path) -> None:
+    first, second = open_checkpoint("smollm2"), open_checkpoint("smollm2")  # the second finds its configuration kept
+    assert first.config_digest == second.config_digest and first.block_digest(3) == second.block_digest(3)
+
+
 def damage_at(position: float) -> Callable[[Path], None]:
     def damage(path: Path) -> None:
         data = bytearray(path.read_bytes())

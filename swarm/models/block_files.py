@@ -102,8 +102,6 @@ class BlockFile:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # nobody writes to weights
             self.memory = torch.frombuffer(map_, dtype=torch.uint8)[header_bytes:]
         self._map = map_
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # what comes from disk, comes in large pieces, which are faster to read, too
-            _madvise(self.memory, mmap.MADV_HUGEPAGE)
 
     def views_in(self, memory: torch.Tensor) -> dict[str, torch.Tensor]:
         """The tensors by name, where `memory` (uint8, on any device) is, or will be, a copy of :attr:`memory`."""

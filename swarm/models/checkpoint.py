@@ -121,8 +121,9 @@ class Checkpoint:
 
     @cached_property
     def config_digest(self) -> str:
-        """Names the configuration."""
-        return hashlib.sha256(self.config.to_json_string(use_diff=False).encode()).hexdigest()
+        """Names the configuration, wherever it was read from."""
+        fields = {name: value for name, value in self.config.to_dict().items() if not name.startswith("_")}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
 
     def verify(self, block: int | None) -> None:
         """Check the bytes of one block (None: the shell) against the digest that is known for it, if one is.
