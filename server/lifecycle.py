@@ -18,9 +18,10 @@ from swarm.errors import PeerError, SwarmError
 from swarm.models import Checkpoint, Span, load_span, open_checkpoint
 from swarm.models.fast_blocks import FastBlocks, fuse_projections
 from swarm.models.kv_size import kv_bytes_per_position
+from swarm.models.offload import WINDOW_BLOCKS
 from swarm.models.paged_cache import PagePool
 from swarm.models.pages import pages_for
-from swarm.models.quantization import SCHEMES, SCHEMES_ON, bytes_per_weight
+from swarm.models.quantization import SCHEMES, SCHEMES_FOR_FILES, SCHEMES_ON, bytes_per_weight
 from swarm.models.together import Together, way_together
 from swarm.models.weight_layout import lay_out_span
 from swarm.placement import choose_span
@@ -80,7 +81,7 @@ def prepare(settings: ServerSettings) -> Prepared:
     dtype = settings.dtype or checkpoint.default_dtype
     memory_bytes, memory_from = allowed_memory(device, settings.memory_bytes)
     if settings.quantization is not None:
-        _check_quantization(settings.quantization, checkpoint, device)
+        _check_quantization(settings.quantization, checkpoint, device, offload=settings.offload)
     plan = make_plan(
         [_block_bytes(checkpoint, block, settings.quantization, dtype) for block in range(checkpoint.num_blocks)],
         kv_bytes_per_position(checkpoint.config, dtype),
@@ -90,17 +91,20 @@ def prepare(settings: ServerSettings) -> Prepared:
         num_blocks=settings.num_blocks,
         kv_tokens=settings.kv_tokens,
         kept_bytes_per_position=_KEPT_COPIES * checkpoint.hidden_size * dtype.itemsize if device.type == "cpu" else 0,
+        window_blocks=WINDOW_BLOCKS if settings.offload else 0,
     )
     return Prepared(checkpoint, device, dtype, plan)
 
 
-def _check_quantization(scheme: str, checkpoint: Checkpoint, device: torch.device) -> None:
+def _check_quantization(scheme: str, checkpoint: Checkpoint, device: torch.device, *, offload: bool) -> None:
     if scheme not in SCHEMES:
         raise ValueError(f"--quantize {scheme} is none of {', '.join(SCHEMES)}")
     here = SCHEMES_ON.get(device.type, ())
     if scheme not in here:
         instead = f"on {device} there is {' and '.join(here)}" if here else f"leave it out on {device}"
         raise ValueError(f"--quantize {scheme} is not for this device: {instead}")
+    if offload and scheme not in SCHEMES_FOR_FILES:
+        raise ValueError(f"--quantize {scheme} and --offload do not go together; {SCHEMES_FOR_FILES[0]} and it do")
     if any("expert" in name for block in range(checkpoint.num_blocks) for name in checkpoint.tensor_names(block)):
         raise ValueError(f"{checkpoint.name} has experts, which cannot be quantized yet; leave --quantize out")
 
@@ -258,6 +262,7 @@ class Server:
                         dtype=self._prepared.dtype,
                         device=self._prepared.device,
                         quantization=self._settings.quantization,
+                        offloaded_blocks=self._prepared.plan.offloaded_blocks,
                         on_elements=bar.update,
                     )
                 digests = checkpoint.digests.blocks if checkpoint.files.paths else ()

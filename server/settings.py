@@ -17,7 +17,7 @@ class ServerSettings:
     initial_peers: tuple[str, ...] = ()
     """Multiaddrs of peers to join through; none: begin a new swarm."""
     blocks: tuple[int, int] | None = None
-    """The span to host; None: as many blocks as fit, where the swarm needs them most."""
+    """The span to host; None: as many blocks as fit (with ``offload``: whose KV cache fits), where needed most."""
     num_blocks: int | None = None
     """With ``blocks=None``: host exactly this many."""
     memory_bytes: int | None = None
@@ -29,6 +29,8 @@ class ServerSettings:
     """Precision; None: that of the checkpoint."""
     quantization: str | None = None
     """Hold the weights as ``"int8"``; None: as they are."""
+    offload: bool = False
+    """Host also what does not fit in memory, and read it from disk at every step."""
     threads: int | None = None
     """CPU threads to compute with; None: torch's choice."""
     measure_again: bool = False

@@ -8,6 +8,7 @@
     │   ├── CorruptCheckpoint       a file is damaged, cut short or missing
     │   └── UnsupportedFamily       this architecture cannot be split exactly
     ├── InsufficientMemory          the plan does not fit the machine
+    ├── DiskError                   what must be kept on disk cannot be written, or read back
     ├── PeerError                   another peer, or the way to it
     │   ├── BootstrapFailed         no initial peer answered
     │   ├── PortTaken               the address to listen on is in use
@@ -49,6 +50,10 @@ class UnsupportedFamily(ModelError):
 
 class InsufficientMemory(SwarmError):
     """What was asked for does not fit in the memory that was given."""
+
+
+class DiskError(SwarmError):
+    """What must be kept on disk cannot be written, or not be read back."""
 
 
 class PeerError(SwarmError):

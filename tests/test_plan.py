@@ -43,6 +43,7 @@ def wishes(draw: st.DrawFn) -> dict[str, Any]:
         "num_blocks": draw(st.none() | st.integers(1, len(block_bytes))),
         "kv_tokens": draw(st.none() | st.integers(1, 100_000)),
         "kept_bytes_per_position": draw(st.just(0) | st.integers(1, 50_000)),
+        "window_blocks": draw(st.integers(0, 3)),
     }
 
 
@@ -73,10 +74,29 @@ def test_a_plan_never_exceeds_the_memory_and_is_what_the_owner_wants(wish: dict[
     assert plan.kv_bytes_per_token == plan.num_blocks * wish["kv_bytes_per_block"]
     if wish["blocks"] is not None:
         assert plan.num_blocks == wish["blocks"][1] - wish["blocks"][0]
-        assert plan.weight_bytes == sum(wish["block_bytes"][slice(*wish["blocks"])])
+        assert plan.offloaded_blocks or plan.weight_bytes == sum(wish["block_bytes"][slice(*wish["blocks"])])
     elif wish["num_blocks"] is not None:
         assert plan.num_blocks == wish["num_blocks"]
     assert plan.kv_tokens == wish["kv_tokens"] or MIN_KV_TOKENS <= plan.kv_tokens <= MAX_DEFAULT_KV_TOKENS
+
+
+@given(wishes())
+@quick
+def test_only_what_does_not_fit_is_offloaded_and_what_stays_leaves_room_for_the_window(wish: dict[str, Any]) -> None:
+    try:
+        plan = make_plan(**wish)
+    except InsufficientMemory:
+        return
+    if not plan.offloaded_blocks:
+        assert plan.window_blocks == 0
+        return
+    assert plan.window_blocks == wish["window_blocks"] < plan.offloaded_blocks < plan.num_blocks
+    held = plan.num_blocks - plan.offloaded_blocks + plan.window_blocks
+    assert plan.weight_bytes == held * plan.block_bytes
+    least = (wish["kv_tokens"] or MIN_KV_TOKENS) * (plan.kv_bytes_per_token + wish["kept_bytes_per_position"])
+    assert held == wish["window_blocks"] + 1 or PROGRAM + plan.weight_bytes + least <= wish["memory_bytes"]
+    assert PROGRAM + plan.weight_bytes + plan.block_bytes + least > wish["memory_bytes"], "one more would have fitted"
+    refusal(**{**wish, "num_blocks": plan.num_blocks, "window_blocks": 0})
 
 
 @given(wishes())
@@ -87,6 +107,9 @@ def test_wherever_a_joiner_ends_up_its_blocks_fit(wish: dict[str, Any]) -> None:
     try:
         plan = make_plan(**wish)
     except InsufficientMemory:
+        return
+    if plan.offloaded_blocks:
+        assert plan.block_bytes == max(wish["block_bytes"])
         return
     spans = [wish["block_bytes"][start : start + plan.num_blocks] for start in range(len(wish["block_bytes"]))]
     assert all(PROGRAM + sum(span) + plan.kv_bytes + plan.kept_bytes <= wish["memory_bytes"] for span in spans)

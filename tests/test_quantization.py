@@ -170,7 +170,9 @@ def test_schemes_that_do_not_exist_or_do_not_suit_the_device_are_refused(capsys:
             command([*(["generate"] if command is main.main else []), "smollm2", option, "int9"])
         assert "invalid choice: 'int9' (choose from" in capsys.readouterr().err
     with pytest.raises(ValueError, match="int4 is not for this device: on cuda there is int8 and nf4"):
-        _check_quantization("int4", open_checkpoint("smollm2"), torch.device("cuda"))
+        _check_quantization("int4", open_checkpoint("smollm2"), torch.device("cuda"), offload=False)
+    with pytest.raises(ValueError, match="int4 and --offload do not go together; int8 and it do"):
+        _check_quantization("int4", open_checkpoint("smollm2"), torch.device("cpu"), offload=True)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -29,6 +29,8 @@ examples:
   swarm-server meta-llama/Llama-3.1-70B --initial-peers /ip4/203.0.113.5/tcp/31337/p2p/12D3KooW…
                                                           join one: host as many blocks as fit, where they are needed
   swarm-server ./my-model --blocks 0:16 --memory 12GiB    host the first 16 blocks in at most 12 GiB
+  swarm-server ./my-model --blocks 0:16 --memory 6GiB --offload
+                                                          the same in 6 GiB: what does not fit comes from disk each step
 
 Ctrl-C leaves politely: running sessions move to other servers first. A second Ctrl-C stops at once.
 Servers see the hidden states that pass through them. Nobody can run code on your machine."""
@@ -96,6 +98,8 @@ def _show_plan(settings: ServerSettings, prepared: Prepared, output: Output) -> 
         dtype=dtype_name(prepared.dtype),
         quantization=settings.quantization,
         num_blocks=plan.num_blocks,
+        offloaded_blocks=plan.offloaded_blocks,
+        window_blocks=plan.window_blocks,
         memory_bytes=plan.memory_bytes,
         weight_bytes=plan.weight_bytes,
         kv_bytes=plan.kv_bytes,
@@ -137,6 +141,7 @@ def _settings(options: argparse.Namespace) -> ServerSettings:
         device=options.device,
         dtype=_DTYPES[options.dtype],
         quantization=options.quantize,
+        offload=options.offload,
         threads=options.threads,
         measure_again=options.measure_again,
         listen=listen_addresses(options.host, options.port, quic=public_network),
@@ -187,6 +192,15 @@ def _parser() -> argparse.ArgumentParser:
         choices=SCHEMES,
         help="hold the weights in 8 or 4 bits: faster, more blocks fit, less exact; int4 is for CPUs, nf4 for GPUs; "
         "clients must ask for it (default: no)",
+    )
+    machine.add_argument(
+        "--offload",
+        action="store_true",
+        help="host more blocks than fit: as many as fit stay in memory, the others are read from disk at every step. "
+        "That is slow (how slow is measured, and announced), so it is for blocks that too few others host, and for an "
+        "SSD. The first start writes those blocks, ready to compute with, to ~/.cache/swarm/offload or "
+        "$SWARM_HOME/offload: as much as they would take in memory, so --dtype bfloat16 and --quantize int8 make steps "
+        "faster. One thread more than --threads reads (default: no)",
     )
     machine.add_argument("--threads", type=_positive, metavar="N", help="CPU threads to compute with")
     machine.add_argument(

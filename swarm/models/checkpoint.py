@@ -113,6 +113,18 @@ class Checkpoint:
             return hashlib.sha256(f"hub {self.name} {self._hub_commit}".encode()).hexdigest()
         return self.digests.model
 
+    def block_digest(self, block: int) -> str:
+        """Names the weights of one block; of a model from the Hub they need not be there to tell."""
+        if self.files.paths:
+            return self.digests.blocks[block]
+        return hashlib.sha256(f"{self.model_digest} {block}".encode()).hexdigest()
+
+    @cached_property
+    def config_digest(self) -> str:
+        """Names the configuration, wherever it was read from."""
+        fields = {name: value for name, value in self.config.to_dict().items() if not name.startswith("_")}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
+
     def verify(self, block: int | None) -> None:
         """Check the bytes of one block (None: the shell) against the digest that is known for it, if one is.
 

@@ -27,8 +27,11 @@ _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
 def fuse_projections(span: Span) -> None:
-    """Make, in place, query, key and value one layer, and gate and up one, where blocks are built as Llama's."""
-    for layer in span.layers:
+    """Make, in place, query, key and value one layer, and gate and up one, where blocks are built as Llama's.
+
+    Blocks that are read from disk are left alone.
+    """
+    for layer in span.staying_layers():
         if _is_like_llama(layer):
             fuse_in_place(layer.self_attn, ["q_proj", "k_proj", "v_proj"])
             fuse_in_place(layer.mlp, ["gate_proj", "up_proj"])

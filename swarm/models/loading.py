@@ -51,16 +51,8 @@ def load_part(
     Raises:
         CorruptCheckpoint: a weight that the part needs is not among `names`, or cannot be read.
     """
-    whole_class = model_class or model_class_of(config)
-
-    def build(self: PreTrainedModel, config: PretrainedConfig) -> None:
-        with _WithoutCompiler(), no_init_weights():
-            whole_class.__init__(self, config)
-        cut(self)
-
-    part_class = type(whole_class.__name__, (whole_class,), {"__init__": build, "__module__": whole_class.__module__})
-    with torch.device("meta"):
-        skeleton = part_class(config)
+    skeleton = make_skeleton(config, cut, model_class)
+    part_class = type(skeleton)
     with quiet_transformers():
         try:
             state_dict = {
@@ -78,6 +70,25 @@ def load_part(
         )
     loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     return loaded
+
+
+def make_skeleton(
+    config: PretrainedConfig,
+    cut: Callable[[PreTrainedModel], None],
+    model_class: type[PreTrainedModel] | None = None,
+) -> PreTrainedModel:
+    """The model on the meta device (no memory, no values), and `cut`, as every other instance of its class will be."""
+    whole_class = model_class or model_class_of(config)
+
+    def build(self: PreTrainedModel, config: PretrainedConfig) -> None:
+        with _WithoutCompiler(), no_init_weights():
+            whole_class.__init__(self, config)
+        cut(self)
+
+    part_class = type(whole_class.__name__, (whole_class,), {"__init__": build, "__module__": whole_class.__module__})
+    with torch.device("meta"):
+        skeleton: PreTrainedModel = part_class(config)
+    return skeleton.eval().requires_grad_(False)
 
 
 class _WithoutCompiler(TorchFunctionMode):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,8 +12,10 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
+from swarm.models.block_files import BlockFile, BlockKey
 from swarm.models.checkpoint import Checkpoint
-from swarm.models.loading import load_part
+from swarm.models.loading import load_part, make_skeleton
+from swarm.models.offload import WINDOW_BLOCKS, BlockStream, blocks_on_disk, spread
 from swarm.models.quantization import QUANTIZED_LINEARS, quantize_linears
 from swarm.models.surgery import NumberedLayers, find_base, keep_only_layers
 
@@ -72,9 +74,19 @@ class Span:
     base: PreTrainedModel
     layers: tuple[nn.Module, ...]
     _whole_config: PretrainedConfig
+    offloaded: frozenset[int] = frozenset()
+    """Blocks whose weights are in memory only while their layer is called (:mod:`swarm.models.offload`): nothing may
+    hold on to them, or compute with them in another way."""
 
     @classmethod
-    def over(cls, base: PreTrainedModel, layers: Sequence[nn.Module], start: int, config: PretrainedConfig) -> Span:
+    def over(
+        cls,
+        base: PreTrainedModel,
+        layers: Sequence[nn.Module],
+        start: int,
+        config: PretrainedConfig,
+        offloaded: frozenset[int] = frozenset(),
+    ) -> Span:
         """A span that runs just `layers`, which are `start` and following of the model that `config` describes.
 
         It shares every module with `base`.
@@ -86,7 +98,7 @@ class Span:
             for name, child in base._modules.items()
         }
         shell.config = _cut_config(config, start, end)
-        return cls(start, end, shell, tuple(layers), config)
+        return cls(start, end, shell, tuple(layers), config, offloaded & frozenset(range(start, end)))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -99,16 +111,21 @@ class Span:
 
     @property
     def weight_bytes(self) -> int:
-        """What the span's weights occupy."""
+        """What the weights that stay in memory occupy."""
         return sum(weight.numel() * weight.element_size() for weight in self.weights())
 
     def weights(self) -> Iterator[torch.Tensor]:
-        """Every weight of the span, the scales of quantized ones included."""
-        for layer in self.layers:
+        """Every weight that stays in memory, the scales of quantized ones included."""
+        for layer in self.staying_layers():
             yield from layer.parameters()
             for module in layer.modules():
                 if isinstance(module, QUANTIZED_LINEARS):
                     yield from module.buffers(recurse=False)
+
+    def staying_layers(self) -> Iterator[nn.Module]:
+        """The layers whose weights stay in memory."""
+        numbered = enumerate(self.layers, start=self.start)
+        yield from (layer for block, layer in numbered if block not in self.offloaded)
 
     @cached_property
     def configs(self) -> tuple[PretrainedConfig, ...]:
@@ -122,7 +139,8 @@ class Span:
             raise ValueError(f"[{start}, {end}) does not lie within [{self.start}, {self.end})")
         if (start, end) == (self.start, self.end):
             return self
-        return Span.over(self.base, self.layers[start - self.start : end - self.start], start, self._whole_config)
+        layers = self.layers[start - self.start : end - self.start]
+        return Span.over(self.base, layers, start, self._whole_config, self.offloaded)
 
     def new_cache(self) -> SpanCache:
         """An empty KV cache for one session on this span."""
@@ -182,6 +200,8 @@ def load_span(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     quantization: str | None = None,
+    offloaded_blocks: int = 0,
+    window_blocks: int = WINDOW_BLOCKS,
     on_elements: Callable[[int], object] = lambda _: None,
 ) -> Span:
     """Read the weights of blocks ``[start, end)``, check them against known digests, and make them runnable.
@@ -189,26 +209,92 @@ def load_span(
     Args:
         quantization: of the linear layers (:mod:`swarm.models.quantization`); done block by block, so that no more
             than one block is in memory as it was.
+        offloaded_blocks: so many are not kept in memory, but read from disk whenever they run
+            (:mod:`swarm.models.offload`); at least one must stay.
+        window_blocks: for them, there is memory for so many blocks.
         on_elements: called with the number of elements of every tensor that was read, for a progress bar.
 
     Raises:
         CorruptCheckpoint: a tensor is missing or its block's checksum is wrong.
-        UnsupportedFamily: the model's layers cannot be found.
+        UnsupportedFamily: the model's layers cannot be found, or cannot be offloaded.
+        DiskError: there is no room on disk for the blocks that are not to stay in memory.
     """
     if not 0 <= start < end <= checkpoint.num_blocks:
         raise ValueError(f"[{start}, {end}) is not a span of a model with {checkpoint.num_blocks} blocks")
-    for block in range(start, end):
-        checkpoint.verify(block)
+    if not 0 <= offloaded_blocks < end - start:
+        raise ValueError(f"{offloaded_blocks} of {end - start} blocks cannot be offloaded: one must stay")
     config = copy.deepcopy(checkpoint.config)
     config.tie_word_embeddings = False  # there is neither an embedding nor a head here
-    layers: list[nn.Module] = []
-    pieces = [(start, end)] if quantization is None else [(block, block + 1) for block in range(start, end)]
-    for piece in pieces:
-        base, some = _load_layers(checkpoint, config, *piece, dtype, device, on_elements)
-        for layer in some if quantization is not None else []:
-            quantize_linears(layer, quantization)
-        layers += some
-    return Span.over(base, layers, start, base.config)
+
+    def load(
+        first: int, last: int, where: torch.device | str, *, for_file: bool = False
+    ) -> tuple[PreTrainedModel, list[nn.Module]]:
+        base, layers = _load_layers(checkpoint, config, first, last, dtype, where, on_elements)
+        for layer in layers if quantization is not None else []:
+            quantize_linears(layer, quantization, for_file=for_file)
+        return base, layers
+
+    def load_for_file(block: int) -> nn.Module:
+        return load(block, block + 1, "cpu", for_file=True)[1][0]
+
+    offloaded = spread(start, end, offloaded_blocks)
+    layers: dict[int, nn.Module] = {}
+    if offloaded:  # first, while there is memory for a block as it was
+        files = _files_of(checkpoint, sorted(offloaded), dtype, quantization, load_for_file, on_elements)
+        layers = _streamed_layers(config, files, quantization, window_blocks, torch.device(device))
+    for piece in _pieces(start, end, offloaded, whole=quantization is None):
+        base, some = load(*piece, device)
+        layers.update(zip(range(*piece), some, strict=True))
+    return Span.over(base, [layers[block] for block in range(start, end)], start, base.config, offloaded)
+
+
+def _pieces(start: int, end: int, offloaded: Container[int], *, whole: bool) -> list[tuple[int, int]]:
+    """The blocks that stay, as spans: as long as can be if they may be loaded as a `whole`, or else single ones."""
+    pieces: list[tuple[int, int]] = []
+    for block in (block for block in range(start, end) if block not in offloaded):
+        if whole and pieces and pieces[-1][1] == block:
+            pieces[-1] = (pieces[-1][0], block + 1)
+        else:
+            pieces.append((block, block + 1))
+    return pieces
+
+
+def _files_of(
+    checkpoint: Checkpoint,
+    blocks: Sequence[int],
+    dtype: torch.dtype,
+    quantization: str | None,
+    load: Callable[[int], nn.Module],
+    on_elements: Callable[[int], object],
+) -> dict[int, BlockFile]:
+    keys = {
+        block: BlockKey(checkpoint.block_digest(block), checkpoint.config_digest, str(dtype), quantization)
+        for block in blocks
+    }
+    files = blocks_on_disk(
+        keys,
+        load,
+        lambda block: on_elements(checkpoint.block_elements(block)),
+    )
+    return {block: files[block] for block in blocks}
+
+
+def _streamed_layers(
+    config: PretrainedConfig,
+    files: Mapping[int, BlockFile],
+    quantization: str | None,
+    window: int,
+    device: torch.device,
+) -> dict[int, nn.Module]:
+    skeleton = make_skeleton(copy.deepcopy(config), lambda whole: keep_only_layers(whole, min(files), max(files) + 1))
+    numbered = next(child for child in find_base(skeleton).children() if isinstance(child, NumberedLayers))
+    layers = {block: numbered.get_submodule(str(block)) for block in files}
+    stream = BlockStream(files, window, device)
+    for block, layer in layers.items():
+        if quantization is not None:
+            quantize_linears(layer, quantization, for_file=True)
+        stream.attach(block, layer)
+    return layers
 
 
 def _load_layers(
@@ -220,12 +306,15 @@ def _load_layers(
     device: torch.device | str,
     on_elements: Callable[[int], object],
 ) -> tuple[PreTrainedModel, list[nn.Module]]:
+    for block in range(start, end):
+        checkpoint.verify(block)
     names = [name for block in range(start, end) for name in checkpoint.tensor_names(block)]
     model = load_part(
         checkpoint, config, names, lambda whole: keep_only_layers(whole, start, end), dtype, device, on_elements
     )
     base = find_base(model)
     layers = next(child for child in base.children() if isinstance(child, NumberedLayers))
+    checkpoint.files.release()  # what was read of them would count as this process's memory
     return base, list(layers.children())
 
 

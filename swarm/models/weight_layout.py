@@ -12,8 +12,9 @@ import logging
 import mmap
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -21,13 +22,15 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from swarm.models.packed_linear import LinearWithPackedCopy, PackedLinear, can_pack, multiply, pack
-from swarm.models.span import Span
+
+if TYPE_CHECKING:
+    from swarm.models.span import Span
 
 logger = logging.getLogger(__name__)
 
 _HUGE_PAGE_BYTES = 2 * 1024**2
 _ALIGNMENT_BYTES = 64
-_SAMPLE_BYTES = 64 * 1024**2
+_SAMPLE_BYTES = 48 * 1024**2
 """Shapes are timed over this much, which no cache holds."""
 _ROUNDS = 5
 _ROWS = (1, 4)
@@ -62,7 +65,7 @@ def lay_out_span(span: Span, hidden_size: int, choose: Callable[[Sequence[nn.Mod
     """
     if span.device.type == "cpu":
         probe = _probe(hidden_size, span.dtype)
-        places = [place for layer in span.layers for place in _places(layer)]
+        places = [place for layer in span.staying_layers() for place in _places(layer)]
         layouts = (choose or fastest_layouts)([getattr(parent, name) for parent, name in places])
         before = _run(span, probe)
         for parent, name in places:
@@ -97,6 +100,32 @@ def lay_out_head(head: nn.Module | None) -> nn.Module | None:
     return head
 
 
+def shapes_faster_transposed(block: nn.Module, count: int) -> set[torch.Size]:
+    """The shapes of linear layers that `count` blocks like this one, on the CPU, are best read transposed in.
+
+    For blocks that are not in memory together: they are timed over copies of this one's weights. Shapes whose results
+    would change by more than the last bits are not among them.
+    """
+    linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
+    if count * sum(_room(linear.weight) for linear in linears) < _SAMPLE_BYTES:
+        return set()
+    of_each = {linear.weight.shape: linear.weight.data for linear in linears}
+    return {
+        shape
+        for shape, weight in of_each.items()
+        if _stays_the_same_transposed(weight)
+        and _fastest([weight.clone() for _ in range(-(-_SAMPLE_BYTES // _room(weight)))], (Layout.TRANSPOSED,))
+        is Layout.TRANSPOSED
+    }
+
+
+def huge_page_memory(size_bytes: int) -> torch.Tensor:
+    """Memory ``[size_bytes]`` uint8 that begins on a huge page, and consists of them where the kernel has them."""
+    arena = _arena(size_bytes + _HUGE_PAGE_BYTES)
+    offset = -arena.data_ptr() % _HUGE_PAGE_BYTES
+    return arena[offset : offset + size_bytes]
+
+
 def fastest_layouts(linears: Sequence[nn.Module]) -> Layouts:
     """The fastest layout of every shape among `linears`, timed."""
     by_shape: dict[torch.Size, list[torch.Tensor]] = defaultdict(list)
@@ -108,34 +137,48 @@ def fastest_layouts(linears: Sequence[nn.Module]) -> Layouts:
 
 
 @torch.inference_mode()
-def _fastest(weights: Sequence[torch.Tensor]) -> Layout:
+def _fastest(weights: Sequence[torch.Tensor], others: Collection[Layout] = tuple(Layout)) -> Layout:
+    """The fastest of `others` for these, all of one shape, unless they are better left as they are."""
     one = weights[0]
     rows = _SAMPLE_BYTES // (one.shape[1] * one.element_size())  # of a very large one, a part will do
     plain = [weight[:rows] for weight in weights[: -(-_SAMPLE_BYTES // _room(one))]]
-    vectors = [torch.ones(count, one.shape[1], dtype=one.dtype) for count in _ROWS]
-    candidates = {Layout.AS_LOADED: lambda rows: _time(plain, rows), **dict(_candidates(plain))}
-    times = {layout: [float("inf")] * len(_ROWS) for layout in candidates}
-    for _ in range(_ROUNDS):  # the best of several, in turns: whatever else this machine does falls on all of them
-        for layout, time_with in candidates.items():
-            times[layout] = [min(best, time_with(rows)) for best, rows in zip(times[layout], vectors, strict=True)]
-    fastest = min(times, key=lambda layout: sum(times[layout]))
-    worthwhile = sum(times[fastest]) <= _WORTHWHILE * sum(times[Layout.AS_LOADED])
-    return fastest if worthwhile else Layout.AS_LOADED
+    best, best_share = Layout.AS_LOADED, _WORTHWHILE
+    for layout in others:
+        if layout is Layout.TRANSPOSED:
+            share = _share(plain, [weight.t().contiguous().t() for weight in plain], functional.linear)
+        elif layout is Layout.PACKED and can_pack(one.dtype):
+            share = _share(plain, [pack(weight.contiguous()) for weight in plain], multiply)
+        else:
+            continue
+        if share < best_share:
+            best, best_share = layout, share
+    return best
 
 
-def _candidates(plain: Sequence[torch.Tensor]) -> Iterator[tuple[Layout, Callable[[torch.Tensor], float]]]:
-    """Other layouts, and what times a multiplication by some rows in them."""
-    transposed = [weight.t().contiguous().t() for weight in plain]
-    yield Layout.TRANSPOSED, lambda rows: _time(transposed, rows)
-    if can_pack(plain[0].dtype):
-        packed = [pack(weight.contiguous()) for weight in plain]
-        yield Layout.PACKED, lambda rows: _time(packed, rows, multiply)
+_Multiply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _share(plain: Sequence[torch.Tensor], other: Sequence[torch.Tensor], multiply_other: _Multiply) -> float:
+    """How long multiplications take with `other`, over how long they take with `plain`.
+
+    Of each the best of several, in turns: whatever else this machine does falls on both.
+    """
+    vectors = [torch.ones(count, plain[0].shape[1], dtype=plain[0].dtype) for count in _ROWS]
+    times = [[(_time(plain, rows), _time(other, rows, multiply_other)) for rows in vectors] for _ in range(_ROUNDS)]
+    best = [[min(of_one) for of_one in zip(*of_rows, strict=True)] for of_rows in zip(*times, strict=True)]
+    return sum(of_other for _, of_other in best) / sum(of_plain for of_plain, _ in best)
+
+
+def _stays_the_same_transposed(weight: torch.Tensor) -> bool:
+    probe = _probe(weight.shape[1], weight.dtype)
+    plain = functional.linear(probe, weight)
+    return _is_close(functional.linear(probe, weight.t().contiguous().t()), plain)
 
 
 def _time(
     weights: Sequence[torch.Tensor],
     rows: torch.Tensor,
-    operation: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = functional.linear,
+    operation: _Multiply = functional.linear,
 ) -> float:
     begun = time.perf_counter()
     for weight in weights:
@@ -187,8 +230,7 @@ def _put_back(places: Sequence[tuple[nn.Module, str]]) -> None:
 
 def _lay_in_huge_pages(weights: Sequence[torch.Tensor], transpose: Collection[torch.Size]) -> None:
     """Move `weights` into one run of memory, in huge pages where the kernel has them (madvise(2))."""
-    arena = _arena(sum(_room(weight) for weight in weights) + _HUGE_PAGE_BYTES)
-    offset = -arena.data_ptr() % _HUGE_PAGE_BYTES
+    arena, offset = huge_page_memory(sum(_room(weight) for weight in weights)), 0
     for weight in weights:
         place = arena[offset : offset + weight.numel() * weight.element_size()].view(weight.dtype)
         if weight.shape in transpose:

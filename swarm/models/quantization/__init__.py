@@ -25,6 +25,9 @@ QUANTIZED_LINEARS = (Int8Linear, Nf4Linear, Int4Linear)
 SCHEMES_ON = {"cpu": SCHEMES, "cuda": ("int8", "nf4")}
 """Likewise, by type of device."""
 
+SCHEMES_FOR_FILES = ("int8",)
+"""Those whose weights can be kept in a file as they are in memory."""
+
 _BYTES_PER_WEIGHT = {"int8": int8.BYTES_PER_WEIGHT, "nf4": nf4.BYTES_PER_WEIGHT, "int4": int4.BYTES_PER_WEIGHT}
 
 
@@ -33,21 +36,32 @@ def bytes_per_weight(scheme: str | None, dtype: torch.dtype) -> float:
     return dtype.itemsize if scheme is None else _BYTES_PER_WEIGHT[scheme]
 
 
-def quantize_linears(module: nn.Module, scheme: str, *, memory: BytesOfLast | None = None) -> None:
+def quantize_linears(
+    module: nn.Module, scheme: str, *, for_file: bool = False, memory: BytesOfLast | None = None
+) -> None:
     """Replace, in place, every linear layer in `module` by one of `scheme` (one of :data:`SCHEMES`).
 
+    Args:
+        for_file: what is in memory can be kept in a file, and is the same on every machine. A module on the meta
+            device becomes what such a file is read into.
+
     Raises:
-        ValueError: there is no such scheme.
+        ValueError: there is no such scheme, or none that can be kept in a file.
     """
-    if scheme not in SCHEMES:
-        raise ValueError(f"{scheme!r} is none of {', '.join(SCHEMES)}")
+    if scheme not in (SCHEMES_FOR_FILES if for_file else SCHEMES):
+        raise ValueError(f"{scheme!r} is none of {', '.join(SCHEMES_FOR_FILES if for_file else SCHEMES)}")
     memory = memory or BytesOfLast()
     for name, child in module.named_children():
         if isinstance(child, nn.Linear | Conv1D):
             weight = child.weight.data.t() if isinstance(child, Conv1D) else child.weight.data
-            setattr(module, name, _quantized(weight, child.bias, scheme, memory))
+            quantized = (
+                Int8Linear.for_file(weight, child.bias, memory)
+                if for_file
+                else _quantized(weight, child.bias, scheme, memory)
+            )
+            setattr(module, name, quantized)
         else:
-            quantize_linears(child, scheme, memory=memory)
+            quantize_linears(child, scheme, for_file=for_file, memory=memory)
 
 
 def _quantized(weight: torch.Tensor, bias: torch.Tensor | None, scheme: str, memory: BytesOfLast) -> nn.Module:

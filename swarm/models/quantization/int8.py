@@ -40,13 +40,20 @@ class Int8Linear(nn.Module):
 
     scale: torch.Tensor
 
-    def __init__(self, levels: Int8Levels, bias: torch.Tensor | None, memory: BytesOfLast) -> None:
+    def __init__(
+        self,
+        levels: Int8Levels,
+        bias: torch.Tensor | None,
+        memory: BytesOfLast,
+        kernel: Kernel[Int8Levels] | None = None,
+    ) -> None:
         """
         Args:
             memory: shared with layers that may be fed with the same hidden states.
+            kernel: default: the fastest.
         """
         super().__init__()
-        self._kernel = kernel_for(levels.levels.shape, levels.levels.device)
+        self._kernel = kernel or kernel_for(levels.levels.shape, levels.levels.device)
         weight, scale = self._kernel.arrange(levels)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer("scale", scale)
@@ -57,6 +64,17 @@ class Int8Linear(nn.Module):
     def quantize(cls, weight: torch.Tensor, bias: torch.Tensor | None, memory: BytesOfLast) -> Self:
         """Of a floating-point `weight`, ``[outputs, inputs]``."""
         return cls(Int8Levels.of(weight), bias, memory)
+
+    @classmethod
+    def for_file(cls, weight: torch.Tensor, bias: torch.Tensor | None, memory: BytesOfLast) -> Self:
+        """Likewise, with weights that can be kept in a file; without numbers if there are none (meta device)."""
+        if weight.is_meta:
+            outputs, inputs = weight.shape
+            levels = Int8Levels(
+                torch.empty(outputs, inputs, dtype=torch.int8, device="meta"), torch.empty(outputs, device="meta")
+            )
+            return cls(levels, bias, memory, _ByRows())
+        return cls(Int8Levels.of(weight), bias, memory, _ByRows())
 
     @classmethod
     def fuse(cls, linears: Sequence[Int8Linear], bias: torch.Tensor | None) -> Self:
