@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from swarm.errors import BlocksNotHosted, CacheFull, CannotRollBack, Draining, WrongModel
+from swarm.errors import BlocksNotHosted, CacheFull, CannotRollBack, Draining, SessionTooLarge, WrongModel
 from swarm.models import Span, SpanCache
 from swarm.models.together import Together
 from swarm.protocol.messages import Open
@@ -138,7 +138,7 @@ class SessionTable:
         """Make room for a session.
 
         Raises:
-            Draining, WrongModel, BlocksNotHosted, CacheFull: why not.
+            Draining, WrongModel, BlocksNotHosted, CacheFull (SessionTooLarge: for ever): why not.
         """
         if self.draining:
             raise Draining("this server is leaving and takes no new session")
@@ -177,6 +177,11 @@ class SessionTable:
     def _reserve(self, session: HeldSession, batch: int, positions: int) -> None:
         cost = self._cost(session.span)
         wanted = batch * positions * cost
+        if wanted > self._budget:
+            raise SessionTooLarge(
+                f"{batch} × {positions} positions of KV cache are more than this server has in all: "
+                f"{self._budget // cost}, so {self._budget // cost // batch} for each of {batch}"
+            )
         free = self._budget - self._promised(but=session)
         if wanted > free:
             raise CacheFull(

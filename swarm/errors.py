@@ -17,11 +17,13 @@
     ├── RemoteError                 a server answered with a refusal
     │   ├── WrongModel              it hosts other weights
     │   ├── BlocksNotHosted         it does not host (any longer) what was asked
-    │   ├── CacheFull               no room for this session's KV cache
+    │   ├── CacheFull               no room for this session's KV cache, as yet
+    │   │   └── SessionTooLarge     nor would there be if nobody else were there
     │   ├── CannotRollBack          its cache cannot forget the last positions
     │   ├── Draining                it takes no new session
     │   └── ServerFault             its computation failed
     ├── NoRoute                     some block has no server, until the deadline
+    │   └── NoRoom                  it has, but none with room for this session's KV cache
     └── SessionClosed               the session was used after its end
 """
 
@@ -100,6 +102,12 @@ class CacheFull(RemoteError):
     code = "cache_full"
 
 
+class SessionTooLarge(CacheFull):
+    """The session needs more KV cache than the server has in all: waiting would not help."""
+
+    code = "session_too_large"
+
+
 class CannotRollBack(RemoteError):
     """The server's cache cannot return to the position that was asked for."""
 
@@ -122,12 +130,16 @@ class NoRoute(SwarmError):
     """Some blocks had no live server until the deadline passed."""
 
 
+class NoRoom(NoRoute):
+    """Servers are there, but full until the deadline, or too small for the session altogether."""
+
+
 class SessionClosed(SwarmError):
     """The session was used after it had been closed."""
 
 
-REMOTE_ERRORS: dict[str, type[RemoteError]] = {
-    error.code: error
-    for error in (WrongModel, BlocksNotHosted, CacheFull, CannotRollBack, Draining, ServerFault, RemoteError)
-}
+_REMOTE = (
+    WrongModel, BlocksNotHosted, CacheFull, SessionTooLarge, CannotRollBack, Draining, ServerFault, RemoteError,
+)  # fmt: skip
+REMOTE_ERRORS: dict[str, type[RemoteError]] = {error.code: error for error in _REMOTE}
 """The refusals that travel on the wire, by code."""
