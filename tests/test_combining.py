@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -12,8 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+from swarm.models import combining
 from swarm.models.batched_head import BatchedHead
 from swarm.models.combining import Combiner
+from swarm.models.packed_weight import pack
 
 WITHIN_S = 10.0
 
@@ -89,6 +92,45 @@ def test_those_who_come_while_one_is_at_work_are_run_as_one() -> None:
     assert results == {2: 4, 3: 6, 4: 8, 5: 10}
     assert gate.calls == [[1], [2, 3, 4], [5]]
     assert combined(7) == 14 and gate.calls[-1] == [7]
+
+
+def test_those_who_are_expected_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(combining, "_MOST_PATIENCE_S", WITHIN_S)
+    batches: list[list[int]] = []
+
+    def run(works: Sequence[int]) -> list[int]:
+        batches.append(list(works))
+        return list(works)
+
+    combined = Combiner(run, most=16)
+    may_come = threading.Event()
+
+    def come() -> None:
+        may_come.wait(WITHIN_S)
+        combined(2)
+
+    late = threading.Thread(target=come)
+    late.start()
+    combined.expect(late.ident or 0)
+    (first,), _ = callers(combined, [1])
+    start(combined, [first])
+    assert not batches
+    may_come.set()
+    for thread in (first, late):
+        thread.join(WITHIN_S)
+    assert batches == [[1, 2]]
+
+
+def test_one_who_is_expected_and_does_not_come_holds_nobody_up() -> None:
+    combined: Combiner[int, int] = Combiner(list, most=16)
+    combined.expect(-1)
+    begun = time.monotonic()
+    assert combined(1) == 1
+    assert time.monotonic() - begun < 1
+    assert not combined._expected  # and nobody waits for it again
+    combined.expect(-1)
+    combined.do_not_expect(-1)
+    assert combined(2) == 2
 
 
 def test_an_error_is_told_to_the_one_whose_work_it_was() -> None:
@@ -201,3 +243,32 @@ def test_under_inference_mode_others_get_ordinary_tensors() -> None:
         logits = batched(torch.ones(1, 1, 8))
     logits += 1  # an inference tensor would refuse that outside
     assert not logits.is_inference()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_weight_gives_a_row_the_same_whatever_is_in_the_batch_until_the_weight_changes(
+    dtype: torch.dtype,
+) -> None:
+    plain = head_of(576, 20_000, dtype=dtype)
+    packed = pack(plain.weight, plain.bias)
+    if packed is None:
+        pytest.skip("this machine multiplies no faster so")
+    rows = torch.randn(16, 576).to(dtype)
+    together = packed.linear(rows)
+    torch.testing.assert_close(together, plain(rows), atol=2e-2 if dtype == torch.bfloat16 else 1e-4, rtol=1e-2)
+    for count in (1, 3, 16):
+        assert torch.equal(packed.linear(rows[:count]), together[:count])
+    assert packed.is_of(plain.weight)
+    with torch.no_grad():
+        plain.weight.mul_(2)
+    assert not packed.is_of(plain.weight)
+
+
+def test_a_head_whose_weights_were_changed_uses_the_new_ones() -> None:
+    batched = BatchedHead(head_of(576, 20_000))
+    batched.pack()
+    rows = torch.randn(1, 1, 576)
+    with torch.no_grad():
+        before = batched(rows)
+        batched.weight.mul_(2)
+        torch.testing.assert_close(batched(rows), 2 * before, atol=1e-3, rtol=1e-3)
