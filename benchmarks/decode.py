@@ -1,47 +1,33 @@
 """Decode speed of one user through two servers, beside the same model run locally by transformers.
 
-SmolLM2-135M in fp32; every process computes with one thread; local and swarm alternate in one run, and
-each figure is the median of its rounds.
+SmolLM2-135M in fp32; every process computes with one thread; all take turns in one run, and each figure is the median
+of its rounds. Beside the two stand: the same spans and the same shell in this process alone, without a network
+(benchmarks/one_process.py; `overhead_vs_one_process` is what the swarm takes longer for a token), and the same two
+servers with quantized weights (`int8_over_fp32`: tokens/s of theirs over those of fp32).
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from transformers import PreTrainedModel
 
+from benchmarks.one_process import OneProcess
 from benchmarks.report import Report
+from benchmarks.streamers import TokenTimes
 from swarm.client import AutoDistributedModelForCausalLM
 from swarm.commands.local_swarm import LocalPeer, LocalSwarm
 from swarm.models import Checkpoint, open_checkpoint
 from swarm.models.kv_size import kv_bytes_per_position
 from swarm.models.local import load_whole_model
+from swarm.models.quantization import SCHEMES
 
 _MIB = 1024**2
 _PROMPT = "The history of the sea is the history of"
-
-
-class _StepTimes:
-    """A streamer that notes when each token came; the time of a step is the median of the gaps."""
-
-    def __init__(self) -> None:
-        self._times: list[float] = []
-
-    def put(self, value: object) -> None:
-        self._times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-    @property
-    def median_s(self) -> float:
-        gaps = [later - earlier for earlier, later in zip(self._times[2:], self._times[3:], strict=False)]
-        return statistics.median(gaps)
+_SPANS = ((0, 15), (15, 30))
 
 
 def main() -> None:
@@ -51,31 +37,57 @@ def main() -> None:
     torch.set_num_threads(1)
     checkpoint = open_checkpoint("smollm2")
     inputs = checkpoint.tokenizer()(_PROMPT, return_tensors="pt")
-    report.progress("starting two servers")
+    schemes = [None, *(scheme for scheme in SCHEMES if scheme in ("int8", "int4"))]
     with LocalSwarm() as swarm:
-        servers = swarm.start_servers("smollm2", ["0:15", "15:30"], "--threads", "1")
-        remote = AutoDistributedModelForCausalLM.from_pretrained("smollm2", initial_peers=swarm.initial_peers)
-        local = load_whole_model(checkpoint)
-        local_s, swarm_s, overheads_s = [], [], []
+        servers: dict[str | None, list[LocalPeer]] = {}
+        models: dict[str | None, Any] = {}
+        for scheme in schemes:
+            report.progress(f"starting two servers, {scheme or 'fp32'}")
+            options = ("--quantize", scheme) if scheme else ()
+            spans = [f"{start}:{end}" for start, end in _SPANS]
+            servers[scheme] = swarm.start_servers("smollm2", spans, "--threads", "1", *options)
+            models[scheme] = AutoDistributedModelForCausalLM.from_pretrained(
+                "smollm2", initial_peers=swarm.initial_peers, quantization=scheme
+            )
+        local, one_process = load_whole_model(checkpoint), OneProcess(checkpoint, _SPANS)
+        steps_s: dict[str | None, list[float]] = {name: [] for name in ("local", "one process", *schemes)}
+        overheads_s = []
         for round_ in range(-1, rounds):  # the first round only warms up
-            local_step_s, local_ids = _run(local, inputs, tokens, {})
-            with remote.inference_session(max_length=256) as session:
-                swarm_step_s, swarm_ids = _run(remote, inputs, tokens, {"session": session})
-                overheads_s += [hop.total_s - hop.compute_s for hop in session.last_timings]
-                memory = [_fixed_memory(server, checkpoint) for server in servers]
-            if not torch.equal(local_ids, swarm_ids):
+            found: dict[str | None, float] = {}
+            found["local"], expected = _run(local, inputs, tokens, {})
+            found["one process"], ids = _run(one_process, inputs, tokens, {})
+            identical = torch.equal(ids, expected)
+            for scheme, model in models.items():
+                with model.inference_session(max_length=256) as session:
+                    found[scheme], ids = _run(model, inputs, tokens, {"session": session})
+                    if scheme is None:
+                        identical &= torch.equal(ids, expected)
+                        overheads_s += [hop.total_s - hop.compute_s for hop in session.last_timings]
+                        memory = [_fixed_memory(server, checkpoint) for server in servers[None]]
+            if not identical:
                 raise SystemExit("the swarm's tokens differ from the local model's: a speed means nothing")
-            speeds = f"local {1 / local_step_s:.1f}, swarm {1 / swarm_step_s:.1f} tokens/s"
-            report.progress(f"round {round_ + 1} of {rounds}: {speeds}")
+            speeds = ", ".join(f"{name or 'swarm'} {1 / step_s:.1f}" for name, step_s in found.items())
+            report.progress(f"round {round_ + 1} of {rounds}: {speeds} tokens/s")
             if round_ >= 0:
-                local_s.append(local_step_s)
-                swarm_s.append(swarm_step_s)
-        remote.disconnect()
+                for name, step_s in found.items():
+                    steps_s[name].append(step_s)
+        for model in models.values():
+            model.disconnect()
+
+    def times_as_fast(name: str | None, beside: str | None) -> float:
+        return statistics.median(
+            theirs / mine for mine, theirs in zip(steps_s[name], steps_s[beside], strict=True)
+        )  # fmt: skip
+
     report.finish(
         {
-            "ratio_to_local": statistics.median(mine / theirs for mine, theirs in zip(local_s, swarm_s, strict=True)),
-            "swarm_tokens_per_s": 1 / statistics.median(swarm_s),
-            "local_tokens_per_s": 1 / statistics.median(local_s),
+            "ratio_to_local": times_as_fast(None, "local"),
+            "swarm_tokens_per_s": 1 / statistics.median(steps_s[None]),
+            "local_tokens_per_s": 1 / statistics.median(steps_s["local"]),
+            "one_process_tokens_per_s": 1 / statistics.median(steps_s["one process"]),
+            "overhead_vs_one_process": times_as_fast("one process", None) - 1,
+            **{f"{scheme}_over_fp32": times_as_fast(scheme, None) for scheme in schemes if scheme},
+            **{f"swarm_tokens_per_s_{scheme}": 1 / statistics.median(steps_s[scheme]) for scheme in schemes if scheme},
             "overhead_per_hop_ms": 1e3 * statistics.median(overheads_s),
             "server_fixed_memory_mib": max(resident for resident, _, _ in memory),
             "server_fixed_memory_pss_mib": max(shared for _, shared, _ in memory),
@@ -86,13 +98,13 @@ def main() -> None:
     )
 
 
-def _run(model: PreTrainedModel, inputs: Any, tokens: int, options: dict[str, Any]) -> tuple[float, torch.Tensor]:
+def _run(model: Any, inputs: Any, tokens: int, options: dict[str, Any]) -> tuple[float, torch.Tensor]:
     """(median seconds per decode step, token ids)."""
-    times = _StepTimes()
+    times = TokenTimes()
     ids = model.generate(
         **inputs, **options, streamer=times, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens
     )
-    return times.median_s, ids
+    return times.step_s, ids
 
 
 def _fixed_memory(server: LocalPeer, checkpoint: Checkpoint) -> tuple[float, float, int]:

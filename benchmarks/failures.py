@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.report import Report
+from benchmarks.streamers import TokenTimes
 from swarm.client import AutoDistributedModelForCausalLM
 from swarm.commands.local_swarm import LocalSwarm
 from swarm.models import open_checkpoint
@@ -30,19 +31,6 @@ from swarm.models.local import load_whole_model
 _STAGES = ("0:8", "8:16", "16:23", "23:30")
 _PROBABILITIES = (0.0, 1e-4, 1e-3, 1e-2)
 _PROMPT = "The history of the sea is the history of"
-
-
-class _StepTimes:
-    """A streamer that notes when each token came."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: object) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
 
 
 def main() -> None:
@@ -100,13 +88,12 @@ def main() -> None:
 
 def _generate(model: Any, inputs: Any, tokens: int, options: dict[str, Any]) -> tuple[torch.Tensor, float, float]:
     """(token ids, median seconds per step, seconds in all)."""
-    times = _StepTimes()
+    times = TokenTimes()
     begun = time.perf_counter()
     ids = model.generate(
         **inputs, **options, streamer=times, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens
     )
-    gaps = [later - earlier for earlier, later in zip(times.times[1:], times.times[2:], strict=False)]
-    return ids, statistics.median(gaps), time.perf_counter() - begun
+    return ids, times.step_s, time.perf_counter() - begun
 
 
 def _time_without_cache(model: Any, inputs: Any, tokens: int) -> list[float]:

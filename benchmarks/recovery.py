@@ -18,13 +18,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
 
 from benchmarks.report import Report
+from benchmarks.streamers import TokenTimes
 from swarm.client import AutoDistributedModelForCausalLM
 from swarm.client.background import BackgroundLoop
 from swarm.client.inference_session import InferenceSession
@@ -47,32 +48,6 @@ class Trial:
     identical: bool
     pause_s: float
     floor_s: float
-
-
-@dataclass
-class Watch:
-    """A streamer that notes when tokens come, and calls `at_token` after so many."""
-
-    session: InferenceSession
-    token: int
-    at_token: Callable[[], None]
-    times: list[float] = field(default_factory=list)
-    prefill_compute_s: float = 0.0
-    """Of the slowest server: what its blocks would cost anew."""
-
-    def put(self, value: object) -> None:
-        self.times.append(time.monotonic())
-        if len(self.times) == 2:
-            self.prefill_compute_s = max(hop.compute_s for hop in self.session.last_timings)
-        if len(self.times) == self.token + 2:
-            self.at_token()
-
-    def end(self) -> None:
-        pass
-
-    @property
-    def largest_gap_s(self) -> float:
-        return max(later - earlier for earlier, later in zip(self.times[1:], self.times[2:], strict=False))
 
 
 class Arena:
@@ -123,13 +98,23 @@ class Arena:
             if redundancy > 1:
                 self._wait_for_standbys(session)
             timer = threading.Timer(self.dice.uniform(0, _STEP_S), strike_and_note)
-            watch = Watch(session, self.dice.randint(4, _TOKENS - 12), timer.start)
-            ids = self.model.generate(**self.inputs, **self.options, session=session, streamer=watch)
+            strike_after = 1 + self.dice.randint(4, _TOKENS - 12)
+            prefill_s = 0.0
+
+            def at_token(token: int) -> None:
+                nonlocal prefill_s
+                if token == 1:  # of the slowest server: what its blocks would cost anew
+                    prefill_s = max(hop.compute_s for hop in session.last_timings)
+                if token == strike_after:
+                    timer.start()
+
+            times = TokenTimes(at_token)
+            ids = self.model.generate(**self.inputs, **self.options, session=session, streamer=times)
             timer.join()
         noticed = [one.noticed_at for one in session.recoveries if one.noticed_at is not None]
         noticed_s = max(0.0, min(noticed) - struck[0]) if noticed else 0.0
-        floor_s = noticed_s + (watch.prefill_compute_s if redundancy == 1 else 0.0)
-        return Trial(torch.equal(ids, self.expected), watch.largest_gap_s, floor_s)
+        floor_s = noticed_s + (prefill_s if redundancy == 1 else 0.0)
+        return Trial(torch.equal(ids, self.expected), max(times.gaps_s), floor_s)
 
     def answer_after_a_death_in_prefill(self) -> Trial:
         """Kill a server of the route at a random moment of the prompt's step."""
@@ -143,12 +128,12 @@ class Arena:
             session.position = 0
             (victim,) = self.victims(session)
             killer = threading.Timer(self.dice.uniform(0, calm_s), victim.process.kill)
-            watch = Watch(session, _TOKENS, lambda: None)
+            times = TokenTimes()
             begun = time.monotonic()
             killer.start()
-            ids = self.model.generate(**self.inputs, **self.options, session=session, streamer=watch)
+            ids = self.model.generate(**self.inputs, **self.options, session=session, streamer=times)
             killer.join()
-        return Trial(torch.equal(ids, self.expected), max(0.0, watch.times[1] - begun - calm_s), 0.0)
+        return Trial(torch.equal(ids, self.expected), max(0.0, times.times[1] - begun - calm_s), 0.0)
 
     def _wait_for_standbys(self, session: InferenceSession) -> None:
         session.step(self.model.get_input_embeddings()(self.inputs["input_ids"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from types import TracebackType
 
 import torch
@@ -79,10 +80,21 @@ class InferenceSession:
         hidden_states: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
+        *,
+        on_result: Callable[[], object] = lambda: None,
     ) -> torch.Tensor:
-        """Run new positions through all blocks; see :meth:`swarm.client.session.Session.step`."""
-        output = self._loop.run(self._session.step(hidden_states, position_ids, mask))
-        return output.to(hidden_states.device)
+        """Run new positions through all blocks; see :meth:`swarm.client.session.Session.step`.
+
+        Args:
+            on_result: called on the client's own thread when the result has come, just before this one goes on.
+        """
+
+        async def step() -> torch.Tensor:
+            output = await self._session.step(hidden_states, position_ids, mask)
+            on_result()
+            return output
+
+        return self._loop.run(step()).to(hidden_states.device)
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Let sequence i go on as what sequence ``rows[i]`` was (beam search)."""

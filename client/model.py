@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from swarm.client.network import Network
 from swarm.client.remote_layers import RemoteCache, RemoteLayers
 from swarm.client.settings import ClientSettings
 from swarm.models import Checkpoint, load_shell, open_checkpoint
+from swarm.models.batched_head import MOST_ROWS, BatchedHead
 from swarm.models.loading import model_class_of
 from swarm.protocol.tensors import dtype_name
 
@@ -40,6 +42,7 @@ class AutoDistributedModelForCausalLM:
         device: torch.device | str = "cpu",
         revision: str | None = None,
         deadline_s: float = 60.0,
+        room_deadline_s: float | None = None,
         peer_timeout_s: float = 2.0,
         chain: bool = True,
         redundancy: int = 1,
@@ -58,6 +61,8 @@ class AutoDistributedModelForCausalLM:
             dtype: precision, here and on the servers used; default: that of the checkpoint.
             device: where the local part lives.
             deadline_s: how long to wait for a server when a block has none.
+            room_deadline_s: how long to wait for room when servers are merely full; default: ten times `deadline_s`,
+                of which it is no part.
             peer_timeout_s: after how much silence a server counts as dead.
             chain: servers send straight to one another where they can; False: everything passes through here.
             redundancy: 2 keeps a second server of every span up to date, which takes over at once.
@@ -82,6 +87,7 @@ class AutoDistributedModelForCausalLM:
         settings = ClientSettings(
             initial_peers=tuple(initial_peers),
             deadline_s=deadline_s,
+            room_deadline_s=room_deadline_s,
             peer_timeout_s=peer_timeout_s,
             chain=chain,
             redundancy=redundancy,
@@ -155,9 +161,15 @@ class DistributedMixin(PreTrainedModel):
             self.inference_session(max_length=length + (_DEFAULT_ROOM if kept else 0))
         )
         mask = _mask_of_new_positions(attention_mask, length)
+        thread, head = threading.get_ident(), self.get_output_embeddings()
+        expects = isinstance(head, BatchedHead) and given.shape[0] * length <= MOST_ROWS
+
+        def coming() -> None:
+            if expects:
+                head.expect(thread)
 
         def run(hidden_states: torch.Tensor) -> torch.Tensor:
-            return cache.session.step(hidden_states, position_ids, mask)
+            return cache.session.step(hidden_states, position_ids, mask, on_result=coming)
 
         try:
             with self._layers.running(run):
@@ -171,6 +183,8 @@ class DistributedMixin(PreTrainedModel):
                     **kwargs,
                 )
         finally:
+            if expects:
+                head.do_not_expect(thread)
             if past_key_values is None and not kept:
                 cache.session.close()
 

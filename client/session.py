@@ -16,12 +16,21 @@ from typing import Any
 
 import torch
 
-from swarm.client.server_view import ServerView
+from swarm.client.server_view import ServerView, Wish
 from swarm.client.settings import ClientSettings
 from swarm.client.timing import HopTiming, StepTiming, time_by_hop
-from swarm.errors import REMOTE_ERRORS, NoRoute, PeerError, RemoteError, SessionClosed
+from swarm.errors import (
+    REMOTE_ERRORS,
+    CacheFull,
+    NoRoom,
+    NoRoute,
+    PeerError,
+    RemoteError,
+    SessionClosed,
+    SessionTooLarge,
+)
 from swarm.models import Checkpoint
-from swarm.protocol.messages import MAX_STEP_POSITIONS, STREAM_PROTOCOL, Close, Message, Open, Refusal
+from swarm.protocol.messages import MAX_STEP_POSITIONS, STREAM_PROTOCOL, Close, Message, Open, Opened, Refusal
 from swarm.protocol.routed_session import (
     Action,
     CloseHop,
@@ -97,6 +106,10 @@ class Session:
         self._errands: set[asyncio.Task[None]] = set()
         self._awaited: dict[int, asyncio.Future[Delivered]] = {}
         self._looking_after: asyncio.Task[None] | None = None
+        self._search: asyncio.Task[None] | None = None
+        self._opened: set[int] = set()  # hops
+        self._too_small: dict[str, str] = {}  # servers, by peer id, and what they said
+        self._without_room_since: float | None = None
         self._step_begun = self._last_progress = self._last_sent_again = 0.0  # time.monotonic()
         self._closed = False
         self.recoveries: list[Recovery] = []
@@ -149,7 +162,8 @@ class Session:
             ``[batch, n, hidden]`` as they leave the last block.
 
         Raises:
-            NoRoute: some blocks had no server until the deadline. The session stays as it was before the step.
+            NoRoute: some blocks had no server until the deadline (NoRoom: none that had room, or ever will). The
+                session stays as it was before the step.
             SessionClosed: it was closed.
         """
         if self._closed:
@@ -171,7 +185,7 @@ class Session:
             delivered = await self._run(hidden_states, position_ids, mask)
         except BaseException:
             self._batch = old_batch
-            self._do(self._machine.abort())
+            self._give_up()
             raise
         finally:
             for stream, _ in self._streams.values():
@@ -202,7 +216,7 @@ class Session:
     async def close(self) -> None:
         """Free the caches on all servers."""
         self._closed = True
-        self._do(self._machine.abort())
+        self._give_up()
         errands = list(self._errands)
         for task in errands:
             task.cancel()
@@ -244,7 +258,7 @@ class Session:
                     if (future := self._awaited.get(sequence)) is not None and not future.done():
                         future.set_result(action)
                 case FindRoute(start, end):
-                    self._errand(self._find_route(start, end))
+                    self._search = self._errand(self._find_route(start, end))
                 case FindStandby():
                     self._errand(self._find_standby(action))
                 case OpenHop():
@@ -273,15 +287,38 @@ class Session:
                 future.set_exception(error)
                 future.exception()  # one of them is enough to be seen
 
+    def _give_up(self) -> None:
+        """Leave all servers, and the line for room on them."""
+        if self._search is not None:
+            self._search.cancel()
+        self._has_room()
+        self._do(self._machine.abort())
+
     async def _find_route(self, start: int, end: int) -> None:
-        """Find servers for the blocks ``[start, end)``; those who wait are told if there are none by the deadline."""
+        """Find servers for the blocks ``[start, end)``; those who wait are told if there are none by the deadline.
+
+        Who finds only servers that are full gives back what it holds on others, lest two sessions wait for one another
+        for ever, and waits for its turn.
+        """
         deadline_s = self._settings.deadline_s
         max_age_s = _VIEW_AGE_IN_RECOVERY_S if self._machine.is_recovering else _VIEW_AGE_S
         while True:
             await self._view.refresh(max_age_s=max_age_s)
-            legs = self._view.route(start, end, salt=self._salt)
+            wish = self._wish()
+            legs = self._view.route(start, end, salt=self._salt, wish=wish)
             now = time.monotonic()
-            if legs is None and now < self._last_progress + deadline_s:  # all that is known was tried: wait for news
+            if legs is None and self._view.is_merely_full(start, end, wish):
+                if self._machine.hops:
+                    self._do(self._machine.close())
+                    return self._do(self._machine.send_again())  # which begins by looking for a whole route
+                await self._wait_for_room(wish, now)
+            elif legs is None and self._view.is_too_small(start, end, wish):
+                raise NoRoom(
+                    f"This session asks for more KV cache than servers of {self._checkpoint.name} have:\n"
+                    f"{self._view.explain_room(start, end, wish)}\n"
+                    "Ask for a shorter session (max_length, max_new_tokens), or for fewer sequences at once."
+                )
+            elif legs is None and now < self._last_progress + deadline_s:  # all that is known was tried: wait for news
                 await asyncio.sleep(min(_RETRY_S, self._last_progress + deadline_s - now))
                 max_age_s = 0.0
             elif now >= self._last_progress + deadline_s:
@@ -293,10 +330,37 @@ class Session:
                 assert legs is not None
                 return self._do(self._machine.route_found(tuple(self._place(leg) for leg in legs)))
 
+    async def _wait_for_room(self, wish: Wish, now: float) -> None:
+        """Until it may be worth asking for room again. Raises NoRoom if that takes too long."""
+        patience_s, line = self._settings.patience_for_room_s, self._view.line
+        self._last_progress = now  # they answer, they are merely full
+        self._without_room_since = self._without_room_since or now
+        left_s = self._without_room_since + patience_s - now
+        if left_s <= 0:
+            raise NoRoom(
+                f"Servers of {self._checkpoint.name} have no room for this session:\n"
+                f"{self._view.explain_room(0, self._checkpoint.num_blocks, wish)}\n"
+                f"Waited {patience_s:g} s. Try again later, or ask for a shorter session (max_length, max_new_tokens); "
+                "room_deadline_s=… waits longer, and one more swarm-server makes room."
+            )
+        line.join(self)
+        wait_s = self._view.ask_again_in_s() if line.is_first(self) else _VIEW_AGE_S
+        await line.wait(self, min(wait_s, left_s))
+
+    def _has_room(self) -> None:
+        """It need not wait for room, or not any longer."""
+        self._without_room_since = None
+        self._view.line.leave(self)
+
+    def _wish(self) -> Wish:
+        waits_for_others = not self._view.line.is_first(self)
+        return Wish(self._batch * self._max_length, waits_for_others, self._too_small)
+
     async def _find_standby(self, wanted: FindStandby) -> None:
+        wish = self._wish()
         for max_age_s in (_VIEW_AGE_IN_RECOVERY_S, _VIEW_AGE_S):  # a look-up slows tokens down
             await self._view.refresh(max_age_s=max_age_s)
-            leg = self._view.standby(wanted.start, wanted.end, without=wanted.without, salt=self._salt)
+            leg = self._view.standby(wanted.start, wanted.end, without=wanted.without, salt=self._salt, wish=wish)
             if leg is not None:
                 break
         if leg is not None:
@@ -338,21 +402,38 @@ class Session:
     async def _keep(self, hop: int, stream: WatchedStream) -> None:
         def heard(message: Message, tensors: dict[str, torch.Tensor]) -> None:
             if isinstance(message, Refusal):
-                raise REMOTE_ERRORS.get(message.code, RemoteError)(message.reason)
+                error = REMOTE_ERRORS.get(message.code, RemoteError)(message.reason)
+                if isinstance(error, CacheFull):
+                    self._note_full(stream.peer_id, error, message.retry_after_s)
+                raise error
             self._do(self._machine.received(hop, message, tensors))
+            if isinstance(message, Opened):
+                self._opened.add(hop)
+                if not self._machine.is_recovering and self._machine.hops.keys() <= self._opened:
+                    self._has_room()
 
         try:
             await stream.run(heard)
         except (PeerError, RemoteError) as error:
-            logger.info("lost %s: %s", stream.peer_id, error)
-            self._view.penalize(stream.peer_id, error)
+            if not isinstance(error, CacheFull):  # that one is well
+                logger.info("lost %s: %s", stream.peer_id, error)
+                self._view.penalize(stream.peer_id, error)
             self._do(self._machine.lost(hop, str(error), time.monotonic()))
+
+    def _note_full(self, peer_id: str, error: CacheFull, retry_after_s: float | None) -> None:
+        logger.info("%s: %s", peer_id, error)
+        if isinstance(error, SessionTooLarge):
+            self._too_small[peer_id] = str(error)
+        else:
+            self._view.found_full(peer_id, self._wish(), str(error), retry_after_s)
 
     def _close(self, hop: int) -> None:
         stream, task = self._streams.pop(hop)
+        self._opened.discard(hop)
         if task is not asyncio.current_task():
             stream.send(Close())
             task.cancel()
+            self._view.room_freed(stream.peer_id)
 
     async def _look_after(self) -> None:
         """What is done from time to time, as long as the session lives."""

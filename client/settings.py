@@ -14,7 +14,10 @@ class ClientSettings:
     initial_peers: tuple[str, ...] = ()
     """Multiaddrs of peers to join through."""
     deadline_s: float = 60.0
-    """How long to look for a server for a block that has none, before giving up with an error."""
+    """How long to look for a server for a block that has none, before giving up with an error. Waiting for room on
+    servers that are merely full is not a part of it."""
+    room_deadline_s: float | None = None
+    """How long to wait for room on servers that are full; None: ten times `deadline_s`."""
     peer_timeout_s: float = 2.0
     """A server that leaves a ping unanswered for this long (and some of the link's round trips) is taken for dead."""
     chain: bool = True
@@ -38,3 +41,8 @@ class ClientSettings:
             raise ValueError(f"redundancy={self.redundancy} is neither 1 nor 2")
         if self.activation_codec is not None and self.activation_codec not in CODECS:
             raise ValueError(f"activation_codec={self.activation_codec!r} is none of {', '.join(CODECS)}")
+
+    @property
+    def patience_for_room_s(self) -> float:
+        """:attr:`room_deadline_s`, or its default."""
+        return self.room_deadline_s if self.room_deadline_s is not None else 10 * self.deadline_s

@@ -16,14 +16,12 @@ from swarm import __version__
 from swarm.dht import RENEWAL_S, Announcement, Directory, State, precision_name
 from swarm.errors import PeerError, SwarmError
 from swarm.models import Checkpoint, Span, load_span, open_checkpoint
-from swarm.models.fast_blocks import FastBlocks, fuse_projections
 from swarm.models.kv_size import kv_bytes_per_position
 from swarm.models.offload import WINDOW_BLOCKS
 from swarm.models.paged_cache import PagePool
 from swarm.models.pages import pages_for
 from swarm.models.quantization import SCHEMES, SCHEMES_FOR_FILES, SCHEMES_ON, bytes_per_weight
-from swarm.models.together import Together, way_together
-from swarm.models.weight_layout import lay_out_span
+from swarm.models.together import Together, prepare_span
 from swarm.placement import choose_span
 from swarm.protocol.messages import LINK_PROTOCOL, STREAM_PROTOCOL
 from swarm.protocol.tensors import dtype_name
@@ -267,9 +265,7 @@ class Server:
                     )
                 digests = checkpoint.digests.blocks if checkpoint.files.paths else ()
                 checkpoint.files.release()
-                fuse_projections(span)
-                lay_out_span(span, checkpoint.hidden_size)
-                self._together = way_together(span, checkpoint.hidden_size, FastBlocks.of(span))
+                self._together = prepare_span(span, checkpoint.hidden_size)
             if self._together is None:
                 logger.warning(
                     "%s models compute attention in a way of their own: sessions run one by one, not as a batch",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from swarm.errors import BlocksNotHosted, CacheFull, Draining, WrongModel
+from swarm.errors import BlocksNotHosted, CacheFull, Draining, SessionTooLarge, WrongModel
 from swarm.models import Span
 from swarm.models.paged_cache import PagedCache, PagePool
 from swarm.models.pages import PAGE, pages_for
@@ -138,7 +138,7 @@ class SessionTable:
         """Make room for a session.
 
         Raises:
-            Draining, WrongModel, BlocksNotHosted, CacheFull: why not.
+            Draining, WrongModel, BlocksNotHosted, CacheFull (SessionTooLarge: for ever): why not.
         """
         if self.draining:
             raise Draining("this server is leaving and takes no new session")
@@ -176,9 +176,14 @@ class SessionTable:
         self._held.pop(id(session), None)
 
     def _reserve(self, session: HeldSession, batch: int, positions: int) -> None:
-        everything = len(self._pool.pages)
+        everything, wanted = len(self._pool.pages), batch * pages_for(positions)
+        if wanted > everything:
+            raise SessionTooLarge(
+                f"{batch} × {positions} positions of KV cache are more than this server has in all: "
+                f"{everything * PAGE}, so {everything // batch * PAGE} for each of {batch}"
+            )
         free = max(0, everything - self._promised(but=session))
-        if batch * pages_for(positions) > free:
+        if wanted > free:
             raise CacheFull(
                 f"{batch} × {positions} positions of KV cache are more than the {free * PAGE} that are "
                 f"free on this server (of {everything * PAGE}); try again later, or ask for a shorter session"

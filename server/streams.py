@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from swarm.errors import CacheFull, PeerError, ProtocolError, RemoteError, ServerFault
+from swarm.errors import CacheFull, PeerError, ProtocolError, RemoteError, ServerFault, SessionTooLarge
 from swarm.protocol.messages import Attach, Attached, Drain, Message, Open, Opened, Refusal
 from swarm.protocol.served_session import (
     Action,
@@ -25,6 +25,7 @@ from swarm.protocol.served_session import (
 from swarm.protocol.tensors import dtype_name
 from swarm.protocol.wire import Wire
 from swarm.server.compute import ComputeThread, Timed
+from swarm.server.crowd import Crowd
 from swarm.server.links import OutgoingLink
 from swarm.server.schedule import Waiting
 from swarm.server.sessions import HeldSession, SessionTable, run_steps
@@ -35,7 +36,6 @@ logger = logging.getLogger(__name__)
 _READ_BYTES = 256 * 1024
 _WRITE_TIMEOUT_S = 30.0
 _OPEN_TIMEOUT_S = 30.0
-_RETRY_AFTER_S = 5.0
 _MAX_UNREAD_BYTES = 256 * 1024 * 1024
 """A client that leaves more than this unread loses its session."""
 _BUSY_FOR_S = 3.0
@@ -62,6 +62,8 @@ class StreamServer:
         """Steps computed since the start."""
         self._steps_under_way = 0
         self._last_step_at = float("-inf")
+        self.turned_away = Crowd()
+        """Those for whom there was no room lately."""
         self._no_session = asyncio.Event()
         self._no_session.set()
 
@@ -235,7 +237,8 @@ class SessionStream:
         try:
             self._held = server.table.open(request)
         except RemoteError as error:
-            retry_after_s = _RETRY_AFTER_S if isinstance(error, CacheFull) else None
+            merely_full = isinstance(error, CacheFull) and not isinstance(error, SessionTooLarge)
+            retry_after_s = server.turned_away.retry_after_s(time.monotonic()) if merely_full else None
             self._wire.send(Refusal(code=error.code, reason=str(error)[:2000], retry_after_s=retry_after_s))
             self._ended.set()
             return

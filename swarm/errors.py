@@ -18,10 +18,12 @@
     ├── RemoteError                 a server answered with a refusal
     │   ├── WrongModel              it hosts other weights
     │   ├── BlocksNotHosted         it does not host (any longer) what was asked
-    │   ├── CacheFull               no room for this session's KV cache
+    │   ├── CacheFull               no room for this session's KV cache, as yet
+    │   │   └── SessionTooLarge     nor would there be if nobody else were there
     │   ├── Draining                it takes no new session
     │   └── ServerFault             its computation failed
     ├── NoRoute                     some block has no server, until the deadline
+    │   └── NoRoom                  it has, but none with room for this session's KV cache
     └── SessionClosed               the session was used after its end
 """
 
@@ -104,6 +106,12 @@ class CacheFull(RemoteError):
     code = "cache_full"
 
 
+class SessionTooLarge(CacheFull):
+    """The session needs more KV cache than the server has in all: waiting would not help."""
+
+    code = "session_too_large"
+
+
 class Draining(RemoteError):
     """The server is leaving and takes no new session."""
 
@@ -120,11 +128,16 @@ class NoRoute(SwarmError):
     """Some blocks had no live server until the deadline passed."""
 
 
+class NoRoom(NoRoute):
+    """Servers are there, but full until the deadline, or too small for the session altogether."""
+
+
 class SessionClosed(SwarmError):
     """The session was used after it had been closed."""
 
 
-REMOTE_ERRORS: dict[str, type[RemoteError]] = {
-    error.code: error for error in (WrongModel, BlocksNotHosted, CacheFull, Draining, ServerFault, RemoteError)
-}
+_REMOTE = (
+    WrongModel, BlocksNotHosted, CacheFull, SessionTooLarge, Draining, ServerFault, RemoteError,
+)  # fmt: skip
+REMOTE_ERRORS: dict[str, type[RemoteError]] = {error.code: error for error in _REMOTE}
 """The refusals that travel on the wire, by code."""

@@ -47,19 +47,33 @@ class PackedLinear(nn.Module):
 
 
 class LinearWithPackedCopy(nn.Linear):
-    """The layer that it is made from, with the same parameters; it multiplies with a packed copy of its weights."""
+    """The layer that it is made from, with the same parameters; it multiplies with a packed copy of its weights.
+
+    Once the weights are others (by training, or by loading), it multiplies with these.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.register_buffer("packed", pack(linear.weight.data.contiguous()), persistent=False)
+        self._packed_of, self._version = linear.weight, linear.weight._version
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """``[…, inputs]`` to ``[…, outputs]``."""
-        if torch.is_grad_enabled() and hidden_states.requires_grad:
-            return super().forward(hidden_states)
-        return multiply(hidden_states, self.packed, self.bias)
+        if self._can_use_copy(hidden_states):
+            return multiply(hidden_states, self.packed, self.bias)
+        return super().forward(hidden_states)
+
+    def _can_use_copy(self, hidden_states: torch.Tensor) -> bool:
+        return (
+            not (torch.is_grad_enabled() and (hidden_states.requires_grad or self.weight.requires_grad))
+            and self.weight is self._packed_of
+            and self.weight._version == self._version
+            and hidden_states.dtype == self.packed.dtype
+            and hidden_states.is_cpu
+            and not torch.is_autocast_enabled("cpu")
+        )
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:

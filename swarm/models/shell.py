@@ -9,10 +9,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from swarm.models.batched_head import BatchedHead
 from swarm.models.checkpoint import Checkpoint
 from swarm.models.loading import load_part
 from swarm.models.surgery import drop_layers
 from swarm.models.weight_layout import lay_out_head
+
+_ATTENTION_ELSEWHERE = "swarm_elsewhere"
+"""transformers makes no mask for an attention that it does not know; the layers' servers make theirs."""
 
 
 def load_shell(
@@ -44,8 +48,8 @@ def load_shell(
         on_elements,
         model_class,
     )
-    head = shell.get_output_embeddings()
-    laid_out = lay_out_head(head)
-    if laid_out is not head:
-        shell.set_output_embeddings(laid_out)
+    shell.config._attn_implementation = _ATTENTION_ELSEWHERE
+    head = lay_out_head(shell.get_output_embeddings())
+    if isinstance(head, nn.Linear):
+        shell.set_output_embeddings(BatchedHead(head))
     return shell

@@ -24,10 +24,11 @@ from transformers import AttentionInterface, PretrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from swarm.models.fast_blocks import FastBlocks
+from swarm.models.fast_blocks import FastBlocks, fuse_projections
 from swarm.models.paged_cache import PagedCache, PagePool
 from swarm.models.span import Span
 from swarm.models.steps import Steps, begin_together
+from swarm.models.weight_layout import lay_out_span
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,13 @@ class ThroughLayers:
         with _attention_of(caches, span):
             output = span.forward(torch.cat([states for states, _, _ in steps]), caches, position_ids)
         return list(output.split(rows))
+
+
+def prepare_span(span: Span, hidden_size: int) -> Together | None:
+    """Make a span that was just loaded as fast as it can be; returns how sessions can run together on it."""
+    fuse_projections(span)
+    lay_out_span(span, hidden_size)
+    return way_together(span, hidden_size, FastBlocks.of(span))
 
 
 def way_together(span: Span, hidden_size: int, fast: FastBlocks | None = None) -> Together | None:
