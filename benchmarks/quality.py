@@ -1,8 +1,8 @@
 """What quantized weights cost in quality: the perplexity of SmolLM2-135M on a real text.
 
 The text is Python's own documentation of the language (``pydoc_data.topics``), in windows of 512 tokens, each begun
-anew. The layers are quantized as servers do it (``swarm-server --quantize``); embedding and head, which clients keep,
-are not. The model runs in one process: that servers change nothing is what the tests show.
+anew. The layers are quantized as servers do it (``swarm-server --quantize``), the head as clients do it, the embedding
+is not. The model runs in one process: that servers change nothing is what the tests show.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from benchmarks.report import Report
 from swarm.models import open_checkpoint
 from swarm.models.local import load_whole_model
-from swarm.models.quantization import SCHEMES, bytes_per_weight, quantize_linears
+from swarm.models.packed_linear import LinearWithCopy
+from swarm.models.quantization import SCHEMES, bytes_per_weight, quantize_linears, quantized_head
 
 _WINDOW = 512
 
@@ -39,6 +40,7 @@ def main() -> None:
         if scheme is not None:
             model = copy.deepcopy(exact)
             quantize_linears(model.base_model.layers, scheme)
+            model.lm_head = LinearWithCopy(model.lm_head, quantized_head(model.lm_head))
         begun = time.perf_counter()
         name = scheme or "fp32"
         figures[f"perplexity_{name}"] = _perplexity(model, ids)

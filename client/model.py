@@ -69,7 +69,8 @@ class AutoDistributedModelForCausalLM:
             activation_codec: send hidden states as ``"int8"``, ``"bfloat16"`` or ``"float16"``: less to send, and
                 not exact any more (:mod:`swarm.protocol.codec`); default: losslessly.
             allowed_servers, blocked_servers: peer ids to use only, or never.
-            quantization: use servers with ``"int8"``, ``"nf4"`` or ``"int4"`` weights; default: only unquantized ones.
+            quantization: use servers with ``"int8"``, ``"nf4"`` or ``"int4"`` weights, and multiply with the head in 8
+                bits; default: only unquantized ones.
             any_precision: also use servers of another precision.
 
         Returns:
@@ -101,7 +102,12 @@ class AutoDistributedModelForCausalLM:
         layers = RemoteLayers()
         try:
             loaded = load_shell(
-                checkpoint, layers, dtype=precision, device=device, model_class=_distributed_class(checkpoint)
+                checkpoint,
+                layers,
+                dtype=precision,
+                device=device,
+                model_class=_distributed_class(checkpoint),
+                quantized_layers=quantization is not None,
             )
         except BaseException:
             BackgroundLoop.shared().run(network.leave())

@@ -60,11 +60,17 @@ class ComputeThread:
             run: the same function for all works of a group. An exception among its results is raised for that work; one
                 that it raises, for all.
         """
+        return await self.begin(work, run, waiting)
+
+    def begin(
+        self, work: W, run: Callable[[Sequence[W]], Sequence[T | Exception]], waiting: Waiting
+    ) -> asyncio.Future[tuple[T, Timed]]:
+        """Likewise, without waiting for the result."""
         future: asyncio.Future[tuple[T, Timed]] = asyncio.get_running_loop().create_future()
         with self._changed:
             self._jobs.append(_Job(waiting, work, run, future, time.perf_counter()))
             self._changed.notify()
-        return await future
+        return future
 
     def soon(self, errand: Callable[[], object]) -> None:
         """Have `errand` run on the thread before any work that is asked for later. Quick, and never fails."""
@@ -91,11 +97,11 @@ class ComputeThread:
             except BaseException as error:
                 results = [error] * len(jobs)
             ended = time.perf_counter()
-            for job, result in zip(jobs, results, strict=True):
-                if isinstance(result, BaseException):
-                    _tell(job.future, job.future.set_exception, result)
-                else:
-                    _tell(job.future, job.future.set_result, (result, Timed(begun - job.submitted, ended - begun)))
+            told = [
+                (job.future, result if isinstance(result, BaseException) else (result, _timed(job, begun, ended)))
+                for job, result in zip(jobs, results, strict=True)
+            ]
+            _tell(told)
 
     def _next(self, after_together: bool) -> list[_Job]:
         """Wait for jobs, and take those to run now; none if the thread is to end."""
@@ -114,10 +120,25 @@ class ComputeThread:
             return []
 
 
-def _tell(future: asyncio.Future[Any], tell: Callable[[Any], None], what: Any) -> None:
-    def tell_unless_gone() -> None:
-        if not future.done():
-            tell(what)
+def _timed(job: _Job, begun: float, ended: float) -> Timed:
+    return Timed(begun - job.submitted, ended - begun)
 
-    with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits any more
-        future.get_loop().call_soon_threadsafe(tell_unless_gone)
+
+def _tell(results: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
+    """Hand over the results of one batch, to each event loop in one go."""
+
+    def tell(some: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
+        for future, result in some:
+            if future.done():  # nobody waits any more
+                continue
+            if isinstance(result, BaseException):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Any], Any]]] = {}
+    for future, result in results:
+        by_loop.setdefault(future.get_loop(), []).append((future, result))
+    for loop, some in by_loop.items():
+        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits any more
+            loop.call_soon_threadsafe(tell, some)

@@ -194,9 +194,7 @@ class Server:
             raise group.exceptions[0] from group
 
     async def _load(self, node: Node, checkpoint: Checkpoint) -> StreamServer:
-        span = await self._load_span(checkpoint)
-        plan = self._prepared.plan
-        pool = PagePool.for_span(span, checkpoint.hidden_size, pages_for(plan.kv_tokens))
+        span, pool = await self._load_span(checkpoint)
         self._table = SessionTable(
             span, checkpoint.model_digest, pool, self._settings.max_sessions, together=self._together
         )
@@ -244,11 +242,11 @@ class Server:
         hosted = [(one.start, one.end) for one in others if one.state is not State.DRAINING]
         return choose_span(hosted, checkpoint.num_blocks, self._prepared.plan.num_blocks)
 
-    async def _load_span(self, checkpoint: Checkpoint) -> Span:
+    async def _load_span(self, checkpoint: Checkpoint) -> tuple[Span, PagePool]:
         start, end = self._span_bounds
         total = sum(checkpoint.block_elements(block) for block in range(start, end))
 
-        def load() -> tuple[Span, tuple[str, ...]]:
+        def load() -> tuple[Span, PagePool, tuple[str, ...]]:
             with memory_given_back():
                 with tqdm(
                     total=total, unit=" weights", unit_scale=True, desc=f"Loading blocks {start} to {end - 1}"
@@ -266,17 +264,18 @@ class Server:
                 digests = checkpoint.digests.blocks if checkpoint.files.paths else ()
                 checkpoint.files.release()
                 self._together = prepare_span(span, checkpoint.hidden_size)
+                pool = PagePool.for_span(span, checkpoint.hidden_size, pages_for(self._prepared.plan.kv_tokens))
             if self._together is None:
                 logger.warning(
                     "%s models compute attention in a way of their own: sessions run one by one, not as a batch",
                     checkpoint.config.model_type,
                 )
             self._compute_speed = self._speed_of(span, checkpoint)
-            return span, digests
+            return span, pool, digests
 
-        (span, digests), _ = await self._compute.run(load)
+        (span, pool, digests), _ = await self._compute.run(load)
         self._block_digests = tuple(digest[:_DIGEST_DIGITS] for digest in digests[start:end])
-        return span
+        return span, pool
 
     def _speed_of(self, span: Span, checkpoint: Checkpoint) -> ComputeSpeed:
         """As it was measured on an earlier start, or is measured now. Runs on the device."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from typing import Any
 
 import torch
 
@@ -58,8 +59,6 @@ class StreamServer:
         self.hidden_size, self.dtype, self.idle_timeout_s = hidden_size, dtype_name(dtype), idle_timeout_s
         self.sessions: dict[str, SessionStream] = {}
         """By token."""
-        self.steps = 0
-        """Steps computed since the start."""
         self._steps_under_way = 0
         self._last_step_at = float("-inf")
         self.turned_away = Crowd()
@@ -128,27 +127,36 @@ class StreamServer:
         if not self.sessions:
             self._no_session.set()
 
-    async def run(self, held: HeldSession, work: Work, *, can_wait: bool) -> tuple[torch.Tensor, Timed]:
-        """Compute.
+    def begin(self, held: HeldSession, work: Work, *, can_wait: bool) -> asyncio.Future[tuple[torch.Tensor, Timed]]:
+        """Have `work` computed; wait for it with :meth:`result`.
+
+        Raises:
+            CacheFull: there is no room for it.
+        """
+        self.table.grow(held, work)
+        waiting = Waiting(work.hidden_states.shape[0], held.group(work), can_wait)
+        begun = self.compute.begin((held, work), run_steps, waiting)
+        self._steps_under_way += 1
+        begun.add_done_callback(self._step_ended)
+        return begun
+
+    async def result(self, begun: asyncio.Future[tuple[torch.Tensor, Timed]]) -> tuple[torch.Tensor, Timed]:
+        """Of what was begun.
 
         Raises:
             RemoteError: to be sent to the client.
         """
-        self.table.grow(held, work)
-        self._steps_under_way += 1
         try:
-            waiting = Waiting(work.hidden_states.shape[0], held.group(work), can_wait)
-            output, timed = await self.compute.run_with_others((held, work), run_steps, waiting)
+            return await begun
         except (RuntimeError, ValueError, IndexError, MemoryError) as error:
             # One session's failure (out of memory above all) must not end the others'.
             logger.exception("a step failed")
             reason = str(error).splitlines()[0] if str(error) else repr(error)
             raise ServerFault(f"the computation failed: {reason}") from error
-        finally:
-            self._steps_under_way -= 1
-            self._last_step_at = time.monotonic()
-        self.steps += 1
-        return output, timed
+
+    def _step_ended(self, _: object) -> None:
+        self._steps_under_way -= 1
+        self._last_step_at = time.monotonic()
 
 
 class SessionStream:
@@ -162,7 +170,7 @@ class SessionStream:
         self._token = ""
         self._links: dict[int, tuple[OutgoingLink, asyncio.Task[None]]] = {}
         self._tasks: asyncio.TaskGroup | None = None
-        self._computing: asyncio.Task[None] | None = None
+        self._computing: tuple[asyncio.Future[Any], ...] = ()
         self._ended = asyncio.Event()
         self.predecessors: set[asyncio.StreamWriter] = set()
         """Link streams that lead here."""
@@ -176,8 +184,8 @@ class SessionStream:
                 await self._ended.wait()
                 await self._flush()
                 reading.cancel()
-                if self._computing is not None:
-                    self._computing.cancel()  # nobody waits for its result any more
+                for future in self._computing:
+                    future.cancel()  # nobody waits for the result any more
                 for _, task in self._links.values():
                     task.cancel()
         finally:
@@ -252,7 +260,7 @@ class SessionStream:
         for action in actions:
             match action:
                 case Compute(work):
-                    self._computing = self._tasks.create_task(self._compute(work))
+                    self._compute(work)
                 case ToClient(message, tensors):
                     self._wire.send(message, tensors)
                 case ToSuccessor(link, message, tensors):
@@ -271,10 +279,20 @@ class SessionStream:
             logger.warning("closed a session whose client does not read")
             self._ended.set()
 
-    async def _compute(self, work: Work) -> None:
-        assert self._session is not None and self._held is not None
+    def _compute(self, work: Work) -> None:
+        """Begin at once: every turn of the event loop between a message and the device is time that a token takes."""
+        assert self._session is not None and self._held is not None and self._tasks is not None
         try:
-            output, timed = await self._server.run(self._held, work, can_wait=self._session.standby)
+            begun = self._server.begin(self._held, work, can_wait=self._session.standby)
+        except RemoteError as error:
+            self._act(self._session.failed(error))
+        else:
+            self._computing = (begun, self._tasks.create_task(self._send_result(begun)))
+
+    async def _send_result(self, begun: asyncio.Future[tuple[torch.Tensor, Timed]]) -> None:
+        assert self._session is not None
+        try:
+            output, timed = await self._server.result(begun)
         except RemoteError as error:
             actions = self._session.failed(error)
         else:

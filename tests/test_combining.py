@@ -16,7 +16,7 @@ from torch import nn
 from swarm.models import combining
 from swarm.models.batched_head import BatchedHead
 from swarm.models.combining import Combiner
-from swarm.models.packed_linear import LinearWithPackedCopy, can_pack
+from swarm.models.packed_linear import LinearWithCopy, PackedLinear, can_pack
 
 WITHIN_S = 10.0
 
@@ -251,7 +251,7 @@ def test_a_packed_head_gives_a_row_the_same_whatever_is_in_the_batch(dtype: torc
     if not can_pack(dtype):
         pytest.skip("this machine cannot")
     plain = head_of(576, 20_000, dtype=dtype)
-    packed, rows = LinearWithPackedCopy(plain), torch.randn(16, 576).to(dtype)
+    packed, rows = LinearWithCopy(plain, PackedLinear(plain)), torch.randn(16, 576).to(dtype)
     together = packed(rows)
     torch.testing.assert_close(together, plain(rows), atol=2e-2 if dtype == torch.bfloat16 else 1e-4, rtol=1e-2)
     for count in (1, 3, 16):
@@ -260,7 +260,8 @@ def test_a_packed_head_gives_a_row_the_same_whatever_is_in_the_batch(dtype: torc
 
 @torch.no_grad()
 def test_a_packed_head_whose_weights_were_changed_uses_the_new_ones() -> None:
-    batched, rows = BatchedHead(LinearWithPackedCopy(head_of(576, 20_000))), torch.randn(1, 1, 576)
+    head, rows = head_of(576, 20_000), torch.randn(1, 1, 576)
+    batched = BatchedHead(LinearWithCopy(head, PackedLinear(head)))
     before = batched(rows)
     batched.weight.mul_(2)
     torch.testing.assert_close(batched(rows), 2 * before, atol=1e-3, rtol=1e-3)

@@ -25,6 +25,7 @@ from swarm.commands.local_swarm import LocalPeer, LocalSwarm
 from swarm.dht import Announcement
 from swarm.errors import BootstrapFailed, NoRoute, PeerUnreachable, SwarmError
 from swarm.models import open_checkpoint
+from swarm.models.pages import PAGE
 from swarm.protocol.frames import MAX_PAYLOAD_BYTES, encode_frame
 from swarm.protocol.messages import (
     LINK_PROTOCOL,
@@ -342,7 +343,7 @@ sys.stdin.read()
         sys.executable, "-c", script, *swarm.initial_peers, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert client.stdout is not None and await client.stdout.readline() == b"open\n"
-    await until(lambda record: record.sessions == 1 and record.free_kv_tokens == TINY_TOKENS - 200, swarm, tiny)
+    await until(lambda record: record.sessions == 1 and record.free_kv_tokens == TINY_TOKENS - 13 * PAGE, swarm, tiny)
     client.kill()
     await client.wait()
     await until(lambda record: record.sessions == 0 and record.free_kv_tokens == TINY_TOKENS, swarm, tiny)

@@ -194,12 +194,16 @@ def test_what_was_rolled_back_is_not_remembered_as_what_followed(llama: tuple[Sp
     cache = pool.new_cache(span.start, span.end, 100)
     old, new = states(1, PAGE + 8, hidden), states(1, 2 * PAGE, hidden, seed=1)
     run_and_remember(span, cache, old)
-    for position in (PAGE + 4, 6):  # within the page that is not full yet, and within a full one
+    for position in (PAGE + 4, PAGE, 6):  # within the page that is not full yet, between two, and within a full one
         cache.roll_back(position)
         whole = torch.cat([old[:, :position], new], dim=1)
         output, _ = run_and_remember(span, cache, new)
         expected = span.forward(whole, span.new_cache())[:, position:]
         torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
+        cache.roll_back(position)
+        output, reused = run_and_remember(span, cache, new)
+        torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
+        assert reused == (2 * PAGE if position == PAGE else 0)
         other = pool.new_cache(span.start, span.end, 100)
         found, _ = run_and_remember(span, other, whole)
         torch.testing.assert_close(found[:, position:], expected, atol=1e-4, rtol=1e-4)

@@ -19,7 +19,8 @@ from swarm.commands import main, server
 from swarm.commands.local_swarm import LocalSwarm
 from swarm.errors import NoRoute
 from swarm.models import load_span, open_checkpoint
-from swarm.models.quantization import SCHEMES, bytes_per_weight, int4, int8, nf4, quantize_linears
+from swarm.models.packed_linear import LinearWithCopy
+from swarm.models.quantization import SCHEMES, bytes_per_weight, int4, int8, nf4, quantize_linears, quantized_head
 from swarm.models.quantization.kernels import works
 from swarm.models.together import way_together
 from swarm.models.weight_layout import lay_out_span
@@ -212,4 +213,5 @@ def test_only_clients_who_ask_for_quantized_weights_use_them(
     ids = connect("smollm2", quantization="int8").generate(**options)
     local = copy.deepcopy(smollm2.whole)
     quantize_linears(local.model.layers, "int8")
+    local.lm_head = LinearWithCopy(local.lm_head, quantized_head(local.lm_head))
     assert ids.tolist() == local.generate(**options).tolist()

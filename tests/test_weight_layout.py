@@ -10,7 +10,7 @@ from tiny_models import save_tiny_model
 
 from swarm.models import Span, load_span, open_checkpoint, weight_layout
 from swarm.models.fast_blocks import fuse_projections
-from swarm.models.packed_linear import LinearWithPackedCopy, PackedLinear
+from swarm.models.packed_linear import LinearWithCopy, PackedLinear
 from swarm.models.weight_layout import Layout, Layouts, lay_out_head, lay_out_span
 
 _HIDDEN_SIZE = 576
@@ -108,7 +108,7 @@ def test_a_large_head_is_not_held_twice(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(weight_layout, "fastest_layouts", _all(Layout.PACKED))
     head = torch.nn.Linear(64, 640, bias=False).requires_grad_(False)
     packed = lay_out_head(head)
-    assert isinstance(packed, LinearWithPackedCopy) and list(packed.state_dict()) == ["weight"]
+    assert isinstance(packed, LinearWithCopy) and list(packed.state_dict()) == ["weight"]
     monkeypatch.setattr(weight_layout, "_MAX_SECOND_COPY_BYTES", 1)
     assert lay_out_head(head) is head
 

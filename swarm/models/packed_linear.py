@@ -46,33 +46,37 @@ class PackedLinear(nn.Module):
         return linear
 
 
-class LinearWithPackedCopy(nn.Linear):
-    """The layer that it is made from, with the same parameters; it multiplies with a packed copy of its weights.
+class LinearWithCopy(nn.Linear):
+    """The layer that it is made from, with the same parameters; it multiplies with a copy of its weights.
 
     Once the weights are others (by training, or by loading), it multiplies with these.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, copy: nn.Module) -> None:
+        """
+        Args:
+            copy: takes what `linear` takes, and gives what it gives, or close to it.
+        """
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.register_buffer("packed", pack(linear.weight.data.contiguous()), persistent=False)
-        self._packed_of, self._version = linear.weight, linear.weight._version
+        # In a tuple, they are no part of this module: not to be trained, saved or moved with it.
+        self._copy, self._copy_of = (copy,), (linear.weight, linear.weight._version)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """``[…, inputs]`` to ``[…, outputs]``."""
         if self._can_use_copy(hidden_states):
-            return multiply(hidden_states, self.packed, self.bias)
+            return self._copy[0](hidden_states)  # type: ignore[no-any-return]
         return super().forward(hidden_states)
 
     def _can_use_copy(self, hidden_states: torch.Tensor) -> bool:
         return (
             not (torch.is_grad_enabled() and (hidden_states.requires_grad or self.weight.requires_grad))
-            and self.weight is self._packed_of
-            and self.weight._version == self._version
-            and hidden_states.dtype == self.packed.dtype
-            and hidden_states.is_cpu
-            and not torch.is_autocast_enabled("cpu")
+            and self.weight is self._copy_of[0]
+            and self.weight._version == self._copy_of[1]
+            and hidden_states.dtype == self.weight.dtype
+            and hidden_states.device == self.weight.device
+            and not torch.is_autocast_enabled(hidden_states.device.type)
         )
 
 

@@ -142,7 +142,7 @@ class _Sequence:
     def forget_after(self, position: int) -> None:
         """Keep what is known of the positions before `position`."""
         surplus = position - len(self.names) * PAGE
-        if surplus < 0:
+        if surplus <= 0:
             del self.names[position // PAGE :]
             self.came, self.went = [], []
         elif self.came:
@@ -322,7 +322,8 @@ class PagedCache(Cache):  # type: ignore[misc]
                 page = sequence.pages[len(sequence.names)]
                 self.pool.pages.remember(page, name, went[begin : begin + PAGE].clone())
                 sequence.names.append(name)
-            sequence.came, sequence.went = ([came[full:]], [went[full:]]) if full < len(came) else ([], [])
+            rest = [came[full:].clone()], [went[full:].clone()]
+            sequence.came, sequence.went = rest if full < len(came) else ([], [])
 
     def _admit(self, rows: int) -> None:
         if not self._sequences:
@@ -350,7 +351,7 @@ class PagedCache(Cache):  # type: ignore[misc]
 
     def _take_over(self, sequence: _Sequence, name: bytes, page: int) -> None:
         """Let the next page of `sequence`, or the one that it has begun to fill, be one that is known."""
-        if sequence.came:
+        if self.length % PAGE:
             self.pool.pages.give_back(sequence.pages.pop())
             sequence.came, sequence.went = [], []
         self.pool.pages.share(page)

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from swarm.models.batched_head import BatchedHead
 from swarm.models.checkpoint import Checkpoint
 from swarm.models.loading import load_part
+from swarm.models.packed_linear import LinearWithCopy
+from swarm.models.quantization import quantized_head
 from swarm.models.surgery import drop_layers
 from swarm.models.weight_layout import lay_out_head
 
@@ -26,6 +28,7 @@ def load_shell(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     model_class: type[PreTrainedModel] | None = None,
+    quantized_layers: bool = False,
     on_elements: Callable[[int], object] = lambda _: None,
 ) -> PreTrainedModel:
     """The family's own ``…ForCausalLM`` with embeddings, final norm and head, and `layers` instead of its layers.
@@ -33,6 +36,7 @@ def load_shell(
     Args:
         layers: called as a decoder layer is, with hidden states ``[batch, positions, hidden]``.
         model_class: a subclass of the family's class to instantiate instead of it.
+        quantized_layers: `layers` have quantized weights: let the head be quantized, too, on a CPU.
 
     Raises:
         CorruptCheckpoint: a tensor is missing, or the shell's checksum is wrong.
@@ -49,7 +53,11 @@ def load_shell(
         model_class,
     )
     shell.config._attn_implementation = _ATTENTION_ELSEWHERE
-    head = lay_out_head(shell.get_output_embeddings())
+    head = shell.get_output_embeddings()
+    if quantized_layers and isinstance(head, nn.Linear) and head.weight.is_cpu:
+        head = LinearWithCopy(head, quantized_head(head))
+    else:
+        head = lay_out_head(head)
     if isinstance(head, nn.Linear):
         shell.set_output_embeddings(BatchedHead(head))
     return shell

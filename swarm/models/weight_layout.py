@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from swarm.models.packed_linear import LinearWithPackedCopy, PackedLinear, can_pack, multiply, pack
+from swarm.models.packed_linear import LinearWithCopy, PackedLinear, can_pack, multiply, pack
 
 if TYPE_CHECKING:
     from swarm.models.span import Span
@@ -90,7 +90,7 @@ def lay_out_head(head: nn.Module | None) -> nn.Module | None:
         before = head(probe)
     layout = fastest_layouts([head]).get(head.weight.shape, Layout.AS_LOADED)
     if layout is Layout.PACKED and _room(head.weight) <= _MAX_SECOND_COPY_BYTES:
-        packed = LinearWithPackedCopy(head)
+        packed = LinearWithCopy(head, PackedLinear(head))
         with torch.inference_mode():
             return packed if _is_close(packed(probe), before) else head
     _lay_in_huge_pages([head.weight], {head.weight.shape} if layout is Layout.TRANSPOSED else ())

@@ -64,6 +64,11 @@ def quantize_linears(
             quantize_linears(child, scheme, for_file=for_file, memory=memory)
 
 
+def quantized_head(head: nn.Linear) -> Int8Linear:
+    """A copy of the layer that makes logits, in 8 bits whatever the scheme of the others."""
+    return Int8Linear.quantize(head.weight.data, head.bias, BytesOfLast())
+
+
 def _quantized(weight: torch.Tensor, bias: torch.Tensor | None, scheme: str, memory: BytesOfLast) -> nn.Module:
     if scheme == "int8":
         return Int8Linear.quantize(weight, bias, memory)

@@ -137,15 +137,16 @@ class BytesOfLast:
     """The bytes of the last hidden states: layers that are fed with the same ones (query, key, value) share them."""
 
     def __init__(self) -> None:
-        self._of: weakref.ref[torch.Tensor] | None = None
-        self._bytes: RowBytes | None = None
+        self._last: tuple[weakref.ref[torch.Tensor], RowBytes] | None = None
 
     def bytes_of(self, hidden_states: torch.Tensor) -> RowBytes:
-        """Of ``[…, inputs]``, row by row."""
-        if self._bytes is None or self._of is None or self._of() is not hidden_states:
-            self._of = weakref.ref(hidden_states)
-            self._bytes = RowBytes.of(hidden_states.reshape(-1, hidden_states.shape[-1]).float())
-        return self._bytes
+        """Of ``[…, inputs]``, row by row. Several threads may ask at a time."""
+        last = self._last
+        if last is not None and last[0]() is hidden_states:
+            return last[1]
+        made = RowBytes.of(hidden_states.reshape(-1, hidden_states.shape[-1]).float())
+        self._last = weakref.ref(hidden_states), made
+        return made
 
 
 def kernel_for(shape: Sequence[int], device: torch.device) -> Kernel[Int8Levels]:
