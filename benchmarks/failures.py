@@ -59,7 +59,14 @@ def main() -> None:
         report.progress(f"starting {2 * len(_STAGES)} servers")
         servers = [
             swarm.start_server(
-                "smollm2", "--blocks", span, "--threads", "1", wait=False, program="benchmarks.failing_server"
+                "smollm2",
+                "--blocks",
+                span,
+                "--threads",
+                "1",
+                "--no-prompt-reuse",
+                wait=False,
+                program="benchmarks.failing_server",
             )
             for span in _STAGES * 2
         ]

@@ -80,9 +80,9 @@ def main() -> None:
 
 
 def _beside_local(arena: Arena, rounds: int) -> dict[str, Any]:
-    prompt = arena.tokens(_TEXT, _LENGTH)
     local_s, swarm_s, identical = [], [], True
     for round_ in range(-1, rounds):  # the first only warms up
+        prompt = arena.tokens(f"{round_}. {_TEXT}", _LENGTH)  # one that the servers have not seen before
         mine, local_ids = _first_token_s(arena.local, prompt, {})
         with arena.remote.inference_session(max_length=_LENGTH + 8) as session:
             session.step(torch.zeros(1, 1, arena.remote.config.hidden_size))  # finds the way

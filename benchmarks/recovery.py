@@ -73,7 +73,7 @@ class Arena:
         missing = list(_SPANS)
         for one in alive:
             missing.remove(f"{one['start']}:{one['end']}")
-        self.swarm.start_servers("smollm2", missing, "--threads", "1")
+        self.swarm.start_servers("smollm2", missing, "--threads", "1", "--no-prompt-reuse")
 
     def victims(self, session: InferenceSession, count: int = 1) -> list[LocalPeer]:
         """So many neighbours on the route, at a random place."""
@@ -155,7 +155,7 @@ def main() -> None:
     trials: dict[str, list[Trial]] = {}
     with LocalSwarm() as swarm:
         report.progress(f"starting {len(_SPANS)} servers")
-        swarm.start_servers("smollm2", _SPANS, "--threads", "1")
+        swarm.start_servers("smollm2", _SPANS, "--threads", "1", "--no-prompt-reuse")
         arena = Arena(swarm, random.Random(1))
         for kind, run in _faults(arena).items():
             trials[kind] = _repeat(report, kind, run, each, arena.restore)
@@ -229,7 +229,9 @@ def _cut_links(report: Report, times: int) -> list[Trial]:
         report.progress("starting servers on hosts of their own")
         hosts: dict[str, str] = {}
         peers = [
-            swarm.start_server("smollm2", "--blocks", span, "--threads", "1", wait=False, host=lab.host(name))
+            swarm.start_server(
+                "smollm2", "--blocks", span, "--threads", "1", "--no-prompt-reuse", wait=False, host=lab.host(name)
+            )
             for span, name in zip(_SPANS, names, strict=True)
         ]
         for peer, name in zip(peers, names, strict=True):

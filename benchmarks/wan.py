@@ -122,7 +122,9 @@ def main() -> None:
     ):
         report.progress("starting three servers")
         servers = [
-            swarm.start_server("smollm2", "--blocks", span, "--threads", "1", wait=False, host=lab.host(host))
+            swarm.start_server(
+                "smollm2", "--blocks", span, "--threads", "1", "--no-prompt-reuse", wait=False, host=lab.host(host)
+            )
             for span, host in zip(_SPANS, _SERVERS, strict=True)
         ]
         for server in servers:

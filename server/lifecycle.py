@@ -196,7 +196,12 @@ class Server:
     async def _load(self, node: Node, checkpoint: Checkpoint) -> StreamServer:
         span, pool = await self._load_span(checkpoint)
         self._table = SessionTable(
-            span, checkpoint.model_digest, pool, self._settings.max_sessions, together=self._together
+            span,
+            checkpoint.model_digest,
+            pool,
+            self._settings.max_sessions,
+            together=self._together,
+            reuses=self._settings.reuses_prompts,
         )
         return StreamServer(
             node, self._table, self._compute, checkpoint.hidden_size, span.dtype, self._settings.idle_timeout_s

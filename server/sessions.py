@@ -27,6 +27,8 @@ class HeldSession:
     """Per sequence."""
     together: Together | None = None
     """How single positions may run together with those of other sessions."""
+    reuses: bool = True
+    """What was computed before, for whomever, is not computed again."""
     mask: torch.Tensor | None = field(default=None)
     """[batch, cached] int64, once anything was padded; None: no padding."""
 
@@ -49,11 +51,11 @@ class HeldSession:
     def run(self, work: Work) -> torch.Tensor:
         """Run a step on the device; the result is on the CPU.
 
-        Positions that the server has computed before, for whomever, with the same before them, are not computed again.
+        Positions that the server has computed before, with the same before them, are not computed again.
         """
         self.prepare(work)
         self._extend_mask(work)
-        if self.mask is not None:
+        if self.mask is not None or not self.reuses:
             return self._compute(work, 0)
         known = self.cache.reuse(work.hidden_states, work.position_ids)
         done = known.shape[1] if known is not None else 0
@@ -72,6 +74,8 @@ class HeldSession:
 
     def remember(self, work: Work, output: torch.Tensor, begin: int = 0) -> None:
         """Let others reuse what was computed of `work`, from its position `begin` on."""
+        if not self.reuses:
+            return
         ids = work.position_ids[:, begin:] if work.position_ids is not None else None
         self.cache.remember(work.hidden_states[:, begin:], ids, output, work.position + begin)
 
@@ -115,12 +119,21 @@ class SessionTable:
     """Who is here, and how many pages of KV cache are promised to them."""
 
     def __init__(
-        self, span: Span, model: str, pool: PagePool, max_sessions: int, *, together: Together | None = None
+        self,
+        span: Span,
+        model: str,
+        pool: PagePool,
+        max_sessions: int,
+        *,
+        together: Together | None = None,
+        reuses: bool = True,
     ) -> None:
         """
         Args:
             together: how single positions of different sessions can run as one batch, if they can.
+            reuses: beginnings that sessions have in common are computed once.
         """
+        self._reuses = reuses
         self._span, self._model, self._pool, self._together = span, model, pool, together
         self._max_sessions = max_sessions
         self._held: dict[int, HeldSession] = {}
@@ -155,7 +168,9 @@ class SessionTable:
             raise CacheFull(f"this server holds {self._max_sessions} sessions already, which is its limit")
         part = self._span.part(request.start, request.end)
         cache = self._pool.new_cache(request.start, request.end, request.max_length)
-        session = HeldSession(part, cache, request.batch, reserved_positions=0, together=self._together)
+        session = HeldSession(
+            part, cache, request.batch, reserved_positions=0, together=self._together, reuses=self._reuses
+        )  # fmt: skip
         self._reserve(session, request.batch, request.max_length)
         self._held[id(session)] = session
         return session

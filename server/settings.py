@@ -45,6 +45,8 @@ class ServerSettings:
     revision: str | None = None
     allow_untested_family: bool = False
     max_sessions: int = 256
+    reuses_prompts: bool = True
+    """Beginnings that several sessions have in common are computed once."""
     idle_timeout_s: float = 60.0
     """A client that says nothing for this long has gone."""
     drain_timeout_s: float = 10.0

@@ -313,3 +313,11 @@ def test_a_session_with_a_sliding_window_can_always_begin_anew(sliding_span: Spa
     session.run(step(states(2, 12), 0))
     output = session.run(step(anew, 0))
     torch.testing.assert_close(output, fresh(sliding_span, anew), atol=1e-4, rtol=1e-4)
+
+
+def test_a_server_that_reuses_no_prompts_computes_each_anew(span: Span) -> None:
+    pool = PagePool.for_span(span, HIDDEN, pages=8)
+    table = SessionTable(span, MODEL, pool, 8, reuses=False)
+    prompt = states(1, 2 * PAGE)
+    outputs = [table.open(request(max_length=2 * PAGE)).run(step(prompt, 0)) for _ in range(2)]
+    assert torch.equal(*outputs) and pool.pages.remembered == 0 and pool.pages.used == 4

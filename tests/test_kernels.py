@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from swarm.models.quantization import kernels
+from swarm.models import choices
 from swarm.models.quantization.kernels import Trial, decide, fastest, works
 
 SHAPE = (64, 128)
@@ -53,12 +53,12 @@ def choose(*candidates: Float) -> str:
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache, and a process that has chosen nothing."""
     monkeypatch.setenv("SWARM_HOME", str(tmp_path))
-    monkeypatch.setattr(kernels, "_chosen", {})
+    monkeypatch.setattr(choices, "_chosen", {})
     yield tmp_path
 
 
 def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_chosen", {})
+    monkeypatch.setattr(choices, "_chosen", {})
 
 
 def test_of_equals_the_first_is_taken() -> None:
@@ -95,25 +95,25 @@ def test_a_choice_is_measured_once_and_outlives_the_process(home: Path, monkeypa
         "[]",
         "null",
         '"fast"',
-        '{"kernel": "slow"}',
-        '{"situation": {"scheme": "test"}, "kernel": "slow"}',
+        '{"choice": "slow"}',
+        '{"situation": {"scheme": "test"}, "choice": "slow"}',
         "\0" * 99,
     ],
 )
 def test_damaged_files_are_ignored(home: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     choose(Float("slow", repetitions=50), Float("fast"))
-    (file,) = (home / "kernels").iterdir()
+    (file,) = (home / "choices").iterdir()
     file.write_text(text)
     new_process(monkeypatch)
     assert choose(Float("slow", repetitions=50), Float("fast")) == "fast"
-    assert json.loads(file.read_text())["kernel"] == "fast"
+    assert json.loads(file.read_text())["choice"] == "fast"
 
 
 @pytest.mark.parametrize("name", ["nobody", 3, None, ["fast"]])
 def test_files_that_name_no_candidate_are_ignored(home: Path, monkeypatch: pytest.MonkeyPatch, name: object) -> None:
     choose(Float("slow", repetitions=50), Float("fast"))
-    (file,) = (home / "kernels").iterdir()
-    file.write_text(json.dumps({**json.loads(file.read_text()), "kernel": name}))
+    (file,) = (home / "choices").iterdir()
+    file.write_text(json.dumps({**json.loads(file.read_text()), "choice": name}))
     new_process(monkeypatch)
     assert choose(Float("slow", repetitions=50), Float("fast")) == "fast"
 
@@ -125,4 +125,4 @@ def test_another_number_of_threads_is_another_situation(home: Path) -> None:
         choose(Float("slow", repetitions=50), Float("fast"))
     finally:
         torch.set_num_threads(1)
-    assert len(list((home / "kernels").iterdir())) == 2
+    assert len(list((home / "choices").iterdir())) == 2

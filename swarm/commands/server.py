@@ -152,6 +152,7 @@ def _settings(options: argparse.Namespace) -> ServerSettings:
         revision=options.revision,
         allow_untested_family=options.allow_untested_family,
         max_sessions=options.max_sessions,
+        reuses_prompts=options.reuses_prompts,
         drain_timeout_s=options.drain_timeout,
     )
 
@@ -207,6 +208,12 @@ def _parser() -> argparse.ArgumentParser:
         "--measure-again",
         action="store_true",
         help="measure this machine's speed even if it is known from a start in the last week",
+    )
+    machine.add_argument(
+        "--no-prompt-reuse",
+        dest="reuses_prompts",
+        action="store_false",
+        help="compute every prompt anew: then nobody can tell by the time it takes that somebody else began alike",
     )
     machine.add_argument("--max-sessions", type=_positive, default=256, metavar="N", help="(default: 256)")
     network = parser.add_argument_group("network")

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from swarm.models.choices import Situation, choice
 from swarm.models.packed_linear import LinearWithCopy, PackedLinear, can_pack, multiply, pack
 
 if TYPE_CHECKING:
@@ -109,13 +110,10 @@ def shapes_faster_transposed(block: nn.Module, count: int) -> set[torch.Size]:
     linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
     if count * sum(_room(linear.weight) for linear in linears) < _SAMPLE_BYTES:
         return set()
-    of_each = {linear.weight.shape: linear.weight.data for linear in linears}
     return {
         shape
-        for shape, weight in of_each.items()
-        if _stays_the_same_transposed(weight)
-        and _fastest([weight.clone() for _ in range(-(-_SAMPLE_BYTES // _room(weight)))], (Layout.TRANSPOSED,))
-        is Layout.TRANSPOSED
+        for shape, weight in {linear.weight.shape: linear.weight.data for linear in linears}.items()
+        if _stays_the_same_transposed(weight) and _is_faster_transposed(weight)
     }
 
 
@@ -127,13 +125,21 @@ def huge_page_memory(size_bytes: int) -> torch.Tensor:
 
 
 def fastest_layouts(linears: Sequence[nn.Module]) -> Layouts:
-    """The fastest layout of every shape among `linears`, timed."""
+    """The fastest layout of every shape among `linears`."""
     by_shape: dict[torch.Size, list[torch.Tensor]] = defaultdict(list)
     for linear in linears:
         by_shape[_matrix(linear).shape].append(_matrix(linear))
     if sum(_room(weight) for weights in by_shape.values() for weight in weights) < _SAMPLE_BYTES:
         return {}  # caches hold all of it: nothing to gain
-    return {shape: _fastest(weights) for shape, weights in by_shape.items()}
+    return {shape: _remembered_fastest(weights) for shape, weights in by_shape.items()}
+
+
+def _remembered_fastest(weights: Sequence[torch.Tensor], others: Collection[Layout] = tuple(Layout)) -> Layout:
+    """As :func:`_fastest`, timed once on this machine for every shape."""
+    one = weights[0]
+    options = [layout.value for layout in Layout if layout is Layout.AS_LOADED or layout in others]
+    situation = Situation.here(f"layout-{str(one.dtype).removeprefix('torch.')}", one.shape, one.device, options)
+    return Layout(choice(situation, lambda: _fastest(weights, others).value))
 
 
 @torch.inference_mode()
@@ -167,6 +173,11 @@ def _share(plain: Sequence[torch.Tensor], other: Sequence[torch.Tensor], multipl
     times = [[(_time(plain, rows), _time(other, rows, multiply_other)) for rows in vectors] for _ in range(_ROUNDS)]
     best = [[min(of_one) for of_one in zip(*of_rows, strict=True)] for of_rows in zip(*times, strict=True)]
     return sum(of_other for _, of_other in best) / sum(of_plain for of_plain, _ in best)
+
+
+def _is_faster_transposed(weight: torch.Tensor) -> bool:
+    copies = [weight.clone() for _ in range(-(-_SAMPLE_BYTES // _room(weight)))]
+    return _remembered_fastest(copies, (Layout.TRANSPOSED,)) is Layout.TRANSPOSED
 
 
 def _stays_the_same_transposed(weight: torch.Tensor) -> bool:

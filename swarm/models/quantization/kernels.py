@@ -7,22 +7,17 @@ out. All kernels of a scheme read the same levels, so servers that choose differ
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import logging
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from swarm import __version__
-from swarm.cache_directory import cache_directory, write_atomically
+from swarm.models.choices import Situation, choice
 
 logger = logging.getLogger(__name__)
 
@@ -70,20 +65,6 @@ class Trial(Generic[Levels]):
     """What the product may differ, as a relative norm."""
 
 
-@dataclass(frozen=True)
-class Situation:
-    """All that the choice depends on."""
-
-    scheme: str
-    outputs: int
-    inputs: int
-    processor: str
-    threads: int
-    torch: str
-    swarm: str
-    kernels: tuple[str, ...]
-
-
 def fastest(
     scheme: str,
     shape: Sequence[int],
@@ -100,21 +81,9 @@ def fastest(
     Raises:
         RuntimeError: none of them works.
     """
-    names = tuple(kernel.name for kernel in kernels)
-    situation = Situation(
-        scheme, *shape, _processor(device), torch.get_num_threads(), torch.__version__, __version__, names
-    )
-    file = _file(situation)
-    name = _chosen.get(file) or remembered(file, situation)
-    if name is None:
-        name = _measure(situation, kernels, trial())
-        write_atomically(file, json.dumps({"situation": asdict(situation), "kernel": name}, indent=1))
-    _chosen[file] = name
+    situation = Situation.here(scheme, shape, device, [kernel.name for kernel in kernels])
+    name = choice(situation, lambda: _measure(situation, kernels, trial()))
     return next(kernel for kernel in kernels if kernel.name == name)
-
-
-_chosen: dict[Path, str] = {}
-"""What this process has chosen: models have hundreds of layers, and a file may be impossible to write."""
 
 
 def decide(times: Mapping[str, Sequence[float]]) -> str:
@@ -129,18 +98,6 @@ def decide(times: Mapping[str, Sequence[float]]) -> str:
         if math.prod(ratios) ** (1 / len(ratios)) <= _WORTHWHILE:
             best = name
     return best
-
-
-def remembered(file: Path, situation: Situation) -> str | None:
-    """The kernel that `file` names for `situation`; None if there is no such file, or it is damaged or not ours."""
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return None
-    if not isinstance(found, dict) or found.get("situation") != {**asdict(situation), "kernels": [*situation.kernels]}:
-        return None
-    name = found.get("kernel")
-    return name if name in situation.kernels else None
 
 
 def sampled_outputs(outputs: int, inputs: int) -> int:
@@ -199,22 +156,3 @@ def _time(call: Callable[[], object]) -> float:
     begun = time.perf_counter()
     call()
     return time.perf_counter() - begun
-
-
-def _file(situation: Situation) -> Path:
-    digest = hashlib.sha256(json.dumps(asdict(situation)).encode()).hexdigest()
-    return cache_directory("kernels") / f"{situation.scheme}-{digest[:24]}.json"
-
-
-@functools.cache
-def _processor(device: torch.device) -> str:
-    """The name of a device and, of a CPU, what instructions torch uses on it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
