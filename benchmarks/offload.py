@@ -36,8 +36,8 @@ import psutil
 import torch
 from accelerate import disk_offload, dispatch_model
 
-from benchmarks.decode import _StepTimes
 from benchmarks.report import Report
+from benchmarks.streamers import TokenTimes
 from swarm.client import AutoDistributedModelForCausalLM
 from swarm.commands.local_swarm import LocalPeer, LocalSwarm
 from swarm.models import Checkpoint, Span, load_span, open_checkpoint
@@ -102,7 +102,7 @@ def main() -> None:
 
 def _plan(checkpoint: Checkpoint) -> MemoryPlan:
     per_position = kv_bytes_per_position(checkpoint.config, torch.float32) * checkpoint.num_blocks
-    kept = checkpoint.hidden_size * 4
+    kept = 2 * checkpoint.hidden_size * 4
     memory = PROCESS_BYTES + WORKING_BYTES + _BLOCKS_IN_MEMORY * 4 * checkpoint.block_elements(0)
     return prepare(
         ServerSettings(
@@ -194,9 +194,9 @@ def _accelerated(checkpoint: Checkpoint, plan: MemoryPlan, directory: Path) -> d
 
 def _generate(model: Any, inputs: Any, tokens: int) -> tuple[float, list[int]]:
     """(median seconds per decode step, token ids)."""
-    times = _StepTimes()
+    times = TokenTimes()
     ids = model.generate(**inputs, streamer=times, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens)
-    return times.median_s, ids[0].tolist()
+    return times.step_s, ids[0].tolist()
 
 
 def _resident_bytes(server: LocalPeer) -> int:
