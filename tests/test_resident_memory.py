@@ -52,6 +52,14 @@ def test_a_server_runs_without_what_it_never_uses(family: str, tmp_path: Path) -
     assert found["compiler"].endswith("__init__.py")  # who wants it gets the real one
 
 
+def test_the_server_command_imports_nothing_before_what_keeps_it_small() -> None:
+    script = (
+        "import sys, swarm.commands.server; print(sorted({'torch._dynamo', 'sympy', 'scipy'} & sys.modules.keys()))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert result.stdout == "[]\n", result.stderr
+
+
 SMAPS = """\
 1000-3000 r-xp 00000000 08:01 12 /usr/lib/code.so
 Rss: 8 kB

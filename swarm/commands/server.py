@@ -17,9 +17,8 @@ from swarm.commands.addresses import listen_addresses
 from swarm.commands.output import Output, add_output_arguments, run_command
 from swarm.commands.speeds import compute_sentence, network_sentence
 from swarm.dht import Announcement
-from swarm.models.quantization import SCHEMES
 from swarm.protocol.tensors import dtype_name
-from swarm.server import Server, ServerSettings
+from swarm.server import SCHEMES, Server, ServerSettings
 from swarm.server.lifecycle import Prepared, prepare
 from swarm.server.neighbours import NetworkSpeed
 
