@@ -10,8 +10,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -44,7 +45,25 @@ class Loopback:
 
     def start(self, arguments: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
         """An ordinary child process."""
-        return subprocess.Popen(arguments, **options)
+        with _interrupted_later():
+            return subprocess.Popen(arguments, **options)
+
+
+@contextlib.contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Let a Ctrl-C take effect at the end: where Python forks it may be swallowed ("Exception ignored in …")."""
+    usual = signal.getsignal(signal.SIGINT)
+    if usual is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    interrupts: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if interrupts:
+        raise KeyboardInterrupt
 
 
 _LOOPBACK = Loopback()
