@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
+from test_faults import stranger
 
 from swarm.dht import Announcement, State
 from swarm.dht.announcement import MAX_RTTS
@@ -147,15 +148,6 @@ class Measured:
                     while data := await reader.read(65536):
                         heard += data
             return heard
-
-
-@contextlib.asynccontextmanager
-async def stranger() -> AsyncIterator[Node]:
-    node = await Node.start(client_only=True)
-    try:
-        yield node
-    finally:
-        await node.stop()
 
 
 @pytest.fixture
