@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis  # noqa: F401  (CPython 3.11.7 cannot compile it as late as pytest's summary, where its plugin imports it)
 import pytest
 import torch
+from tiny_models import save_tiny_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from swarm.client import AutoDistributedModelForCausalLM
@@ -34,6 +36,14 @@ def swarm_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("SWARM_HOME", str(tmp_path_factory.mktemp("swarm-home")))
         torch.set_num_threads(1)
         yield
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory with a tiny random llama of 4 blocks."""
+    directory = tmp_path_factory.mktemp("tiny")
+    save_tiny_model("llama", directory)
+    return str(directory)
 
 
 @pytest.fixture

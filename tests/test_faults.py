@@ -52,14 +52,6 @@ TINY_TOKENS = 256
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny random llama with 4 blocks."""
-    directory = tmp_path_factory.mktemp("tiny")
-    save_tiny_model("llama", directory)
-    return str(directory)
-
-
-@pytest.fixture(scope="module")
 def server(swarm: LocalSwarm, tiny: str) -> LocalPeer:
     """One server that hosts all of it, with little KV cache."""
     return swarm.start_server(tiny, "--blocks", "0:4", "--kv-tokens", str(TINY_TOKENS))

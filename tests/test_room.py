@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 from test_faults import Opener, stranger
-from tiny_models import save_tiny_model, tiny_model
+from tiny_models import tiny_model
 
 from swarm.client.waiting_line import WaitingLine
 from swarm.commands.local_swarm import LocalPeer, LocalSwarm
@@ -28,13 +28,6 @@ LENGTH = 48
 PROMPT = 8
 CAP_MIB = 700
 MIB = 1024**2
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    directory = tmp_path_factory.mktemp("tiny")
-    save_tiny_model("llama", directory)
-    return str(directory)
 
 
 @pytest.fixture(scope="module")
