@@ -22,7 +22,7 @@ from swarm.models.paged_cache import PagePool
 from swarm.models.pages import pages_for
 from swarm.models.quantization import SCHEMES, SCHEMES_FOR_FILES, SCHEMES_ON, bytes_per_weight
 from swarm.models.together import Together, prepare_span
-from swarm.placement import choose_span
+from swarm.placement import Capacity, Hosting, choose_span
 from swarm.protocol.messages import LINK_PROTOCOL, STREAM_PROTOCOL
 from swarm.protocol.tensors import dtype_name
 from swarm.server.compute import ComputeThread
@@ -244,8 +244,11 @@ class Server:
             return self._settings.blocks
         checkpoint = self._prepared.checkpoint
         others = await directory.servers(checkpoint.model_digest)
-        hosted = [(one.start, one.end) for one in others if one.state is not State.DRAINING]
-        return choose_span(hosted, checkpoint.num_blocks, self._prepared.plan.num_blocks)
+        hosted = [
+            Hosting(one.peer_id, one.start, one.end, one.throughput, one.state is State.DRAINING) for one in others
+        ]
+        fits = self._prepared.plan.num_blocks
+        return choose_span(hosted, checkpoint.num_blocks, Capacity(fits), blocks=fits)
 
     async def _load_span(self, checkpoint: Checkpoint) -> tuple[Span, PagePool]:
         start, end = self._span_bounds

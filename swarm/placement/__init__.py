@@ -1,5 +1,11 @@
 """Who should host what: pure functions over a snapshot of announcements."""
 
-from swarm.placement.join import choose_span
+from swarm.placement.coverage import Coverage, Quality
+from swarm.placement.hosting import Capacity, Hosting, Span
+from swarm.placement.join import choose_span, settle
+from swarm.placement.moves import Move, MovePolicy, Urgency, may_move, wanted_move
 
-__all__ = ["choose_span"]
+__all__ = [
+    "Capacity", "Coverage", "Hosting", "Move", "MovePolicy", "Quality", "Span", "Urgency", "choose_span", "may_move",
+    "settle", "wanted_move",
+]  # fmt: skip

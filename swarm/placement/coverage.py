@@ -1,0 +1,117 @@
+"""How well the blocks of a model are covered, and what one more span would change. Arrays, for swarms of thousands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from swarm.placement.hosting import Hosting, Span
+
+UNKNOWN_STEPS_PER_S = 1e-3
+"""A server that does not know its speed counts as slow, not as nothing."""
+_SHARPNESS = 12
+"""Of the soft minimum: the higher, the less blocks beside the slowest count."""
+
+Floats = NDArray[np.float64]
+Counts = NDArray[np.int64]
+
+
+class Quality(NamedTuple):
+    """How good a placement is. Of two, the greater is better: first every block has a server, then two, then speed."""
+
+    uncovered: int
+    """Blocks without a server, negative."""
+    single: int
+    """Blocks with one server or none, negative."""
+    bottleneck: float
+    """Decode steps per second through the slowest block: a soft minimum over those that have a server, so that it
+    also tells two placements apart that have the same slowest block."""
+
+
+class Coverage:
+    """Servers and speed of each block.
+
+    Attributes:
+        servers: int64 ``[num_blocks]``: how many servers host it.
+        steps_per_s: float64 ``[num_blocks]``: what they do together.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.servers: Counts = np.zeros(num_blocks, np.int64)
+        self.steps_per_s: Floats = np.zeros(num_blocks)
+
+    @classmethod
+    def of(cls, hostings: Iterable[Hosting], num_blocks: int) -> Coverage:
+        """Of all that do not drain. Spans that reach beyond the model are cut."""
+        coverage = cls(num_blocks)
+        for one in hostings:
+            if not one.is_draining:
+                coverage.add(one.span, one.steps_per_s)
+        return coverage
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.servers)
+
+    def add(self, span: Span, steps_per_s: float) -> None:
+        """A server comes."""
+        here = _slice(span)
+        self.servers[here] += 1
+        self.steps_per_s[here] += max(steps_per_s, UNKNOWN_STEPS_PER_S)
+
+    def remove(self, span: Span, steps_per_s: float) -> None:
+        """A server that was added goes."""
+        here = _slice(span)
+        self.servers[here] -= 1
+        self.steps_per_s[here] -= max(steps_per_s, UNKNOWN_STEPS_PER_S)
+        self.steps_per_s[self.servers == 0] = 0.0  # rounding leaves a trace
+
+    def quality(self) -> Quality:
+        """As it is."""
+        covered = self.servers > 0
+        bottleneck = _soft_minimum(self.steps_per_s[covered]) if covered.any() else 0.0
+        return Quality(-int((~covered).sum()), -int((self.servers < 2).sum()), bottleneck)
+
+    def share_of_bound(self) -> float:
+        """The slowest block's speed over the mean, which no placement of the same spans can exceed."""
+        mean = float(self.steps_per_s.mean())
+        return float(self.steps_per_s.min()) / mean if mean > 0 else 0.0
+
+    def qualities_with(self, length: int, steps_per_s: float) -> list[Quality]:
+        """What would be if one more server hosted `length` blocks from block 0 on, from block 1 on, …"""
+        added = max(steps_per_s, UNKNOWN_STEPS_PER_S)
+        uncovered, single = self.servers == 0, self.servers == 1
+        uncovered_left = uncovered.sum() - _windows(uncovered, length)
+        single_left = (self.servers < 2).sum() - _windows(single, length)
+        scale = float(self.steps_per_s.mean()) or added
+        with np.errstate(divide="ignore"):
+            badness = np.where(uncovered, 0.0, (self.steps_per_s / scale) ** -_SHARPNESS)
+        better = ((self.steps_per_s + added) / scale) ** -_SHARPNESS
+        # Not `badness.sum() - …`: what is left beside a far worse block would be lost in rounding.
+        before = np.concatenate([[0.0], np.cumsum(badness)])
+        after = np.concatenate([np.cumsum(badness[::-1])[::-1], [0.0]])
+        starts = np.arange(self.num_blocks - length + 1)
+        total = before[starts] + _windows(better, length) + after[starts + length]
+        covered = self.num_blocks - uncovered_left
+        bottlenecks = scale * (total / covered) ** (-1 / _SHARPNESS)
+        return [
+            Quality(-int(none), -int(one), float(bottleneck))
+            for none, one, bottleneck in zip(uncovered_left, single_left, bottlenecks, strict=True)
+        ]
+
+
+def _slice(span: Span) -> slice:
+    return slice(max(span[0], 0), max(span[1], 0))
+
+
+def _windows(values: NDArray[np.generic], length: int) -> Floats:
+    """Sums over each `length` consecutive values."""
+    return np.convolve(values.astype(np.float64), np.ones(length), "valid")
+
+
+def _soft_minimum(values: Floats) -> float:
+    scale = float(values.mean())
+    return scale * float(np.mean((values / scale) ** -_SHARPNESS)) ** (-1 / _SHARPNESS)

@@ -1,0 +1,166 @@
+"""Whether a server should host other blocks than it does, and whose turn it is to move."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from swarm.placement.coverage import Coverage, Quality
+from swarm.placement.hosting import Hosting, Span
+from swarm.placement.join import nearest_of_the_best
+
+
+class Urgency(IntEnum):
+    """What a move is good for."""
+
+    SPEED = 0
+    SECOND_SERVER = 1
+    """A block that has one server gets a second."""
+    FIRST_SERVER = 2
+    """A block that has none gets one."""
+
+
+@dataclass(frozen=True)
+class MovePolicy:
+    """What moves cost, and how much more they must bring."""
+
+    away_s: float = 60.0
+    """Seconds for which the server hosts nothing: draining and loading."""
+    horizon_s: float = 900.0
+    """For so long a better placement is expected to stay better."""
+    margin: float = 2.0
+    """A move must win so many times the steps that are lost while the server is away."""
+    least_gain: float = 0.25
+    """It must raise the bottleneck by this share of what one such server adds to the mean block, at least."""
+    at_once: float = 0.05
+    """So many of all servers may be moving at the same time; one at least."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """A server gives up one span for another."""
+
+    peer_id: str
+    old: Span
+    new: Span
+    urgency: Urgency
+    gain: float
+    """By how many steps per second the swarm becomes faster."""
+    steps_per_s: float
+    """Through the span, of this server."""
+
+    @property
+    def reason(self) -> str:
+        """For people."""
+        where = f"blocks {self.new[0]} to {self.new[1] - 1}"
+        match self.urgency:
+            case Urgency.FIRST_SERVER:
+                return f"{where}: some have no server"
+            case Urgency.SECOND_SERVER:
+                return f"{where}: some have a single server"
+        return f"{where} are the slowest: {self.gain:.3g} steps/s more for everybody"
+
+
+def wanted_move(
+    me: Hosting, others: Iterable[Hosting], num_blocks: int, policy: MovePolicy = MovePolicy()
+) -> Move | None:
+    """The move of `me` that makes the swarm better by more than it costs; None if there is none.
+
+    It never takes the last server from a block, nor the second but to give another block its first.
+
+    Args:
+        others: who is there, or joining, with what they claim to move to.
+    """
+    there = sorted((one for one in others if one.peer_id != me.peer_id), key=lambda one: one.peer_id)
+    return _wanted(me, Coverage.of(there, num_blocks), there, policy)
+
+
+def may_move(
+    move: Move, claims: Iterable[Move], hostings: Iterable[Hosting], num_blocks: int, policy: MovePolicy = MovePolicy()
+) -> bool:
+    """Whether `move` may begin now, of all that are claimed at this time.
+
+    Claims have an order that is the same for everybody: the most urgent first. A move may begin if it is among the
+    first few, and would still be wanted, and harm nobody, when all those before it have left where they are and arrived
+    where they go.
+
+    Args:
+        claims: of others; what their owners say is checked by these themselves.
+        hostings: everybody, the mover as well.
+    """
+    before = {one.peer_id: one for one in claims if one.peer_id != move.peer_id and _order(one) < _order(move)}
+    there = {one.peer_id: one for one in hostings}
+    if move.peer_id not in there or len(before) >= max(1, int(policy.at_once * len(there))):
+        return False
+    me = there.pop(move.peer_id)
+    meanwhile = Coverage.of((one for one in there.values() if one.peer_id not in before), num_blocks)
+    if move.new[0] not in _allowed_starts(me, meanwhile):
+        return False
+    arrived = {claim.peer_id: Hosting(claim.peer_id, *claim.new, claim.steps_per_s) for claim in before.values()}
+    again = wanted_move(
+        me, (there | {one: arrived[one] for one in arrived if one in there}).values(), num_blocks, policy
+    )
+    return again is not None and again.new == move.new
+
+
+def _wanted(me: Hosting, coverage: Coverage, others: Sequence[Hosting], policy: MovePolicy) -> Move | None:
+    """`coverage` is that of `others`, who are sorted by peer id."""
+    length = me.length
+    starts = _allowed_starts(me, coverage)
+    if not starts:
+        return None
+    qualities = coverage.qualities_with(length, me.steps_per_s)
+    stay, without = qualities[me.start], coverage.quality()
+    start = nearest_of_the_best(qualities, starts, length, others, me.rtts_s)
+    there = qualities[start]
+    urgency = _urgency(stay, there)
+    if urgency is None or not (urgency > Urgency.SPEED or _is_worth_it(stay, there, without, me, coverage, policy)):
+        return None
+    gain = there.bottleneck - stay.bottleneck
+    return Move(me.peer_id, me.span, (start, start + length), urgency, gain, me.steps_per_s)
+
+
+def _allowed_starts(me: Hosting, coverage: Coverage) -> list[int]:
+    """Where `me` could go without taking from any block its last server, or its second without need.
+
+    While it loads, it serves nothing, also not those blocks that it hosts before and after. That does no harm only where
+    nobody gets through anyway, because some block has no server.
+    """
+    starts = [start for start in range(coverage.num_blocks - me.length + 1) if start != me.start]
+    others = coverage.servers
+    only_mine = [block for block in range(*me.span) if others[block] == 0]
+    rescues = [
+        start
+        for start in starts
+        if all(start <= block < start + me.length for block in only_mine)
+        and (others[start : start + me.length] == 0).sum() > len(only_mine)
+    ]
+    if rescues or only_mine:
+        return rescues
+    shared = [block for block in range(*me.span) if others[block] == 1]
+    return [start for start in starts if all(start <= block < start + me.length for block in shared)]
+
+
+def _urgency(stay: Quality, there: Quality) -> Urgency | None:
+    if there.uncovered != stay.uncovered:
+        return Urgency.FIRST_SERVER if there.uncovered > stay.uncovered else None
+    if there.single != stay.single:
+        return Urgency.SECOND_SERVER if there.single > stay.single else None
+    return Urgency.SPEED if there.bottleneck > stay.bottleneck else None
+
+
+def _is_worth_it(
+    stay: Quality, there: Quality, without: Quality, me: Hosting, coverage: Coverage, policy: MovePolicy
+) -> bool:
+    gain = there.bottleneck - stay.bottleneck
+    lost = max(stay.bottleneck - without.bottleneck, 0.0) * policy.away_s
+    return (
+        gain * policy.horizon_s >= policy.margin * lost
+        and gain >= policy.least_gain * me.steps_per_s * me.length / coverage.num_blocks
+    )
+
+
+def _order(move: Move) -> tuple[float, float, bytes]:
+    return -move.urgency, -move.gain, hashlib.sha256(move.peer_id.encode()).digest()
