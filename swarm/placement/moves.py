@@ -125,8 +125,8 @@ def _wanted(me: Hosting, coverage: Coverage, others: Sequence[Hosting], policy: 
 def _allowed_starts(me: Hosting, coverage: Coverage) -> list[int]:
     """Where `me` could go without taking from any block its last server, or its second without need.
 
-    While it loads, it serves nothing, also not those blocks that it hosts before and after. That does no harm only where
-    nobody gets through anyway, because some block has no server.
+    While it loads, it serves nothing, also not those blocks that it hosts before and after. That does no harm only
+    where nobody gets through anyway, because some block has no server.
     """
     starts = [start for start in range(coverage.num_blocks - me.length + 1) if start != me.start]
     others = coverage.servers
