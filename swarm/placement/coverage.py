@@ -114,4 +114,5 @@ def _windows(values: NDArray[np.generic], length: int) -> Floats:
 
 def _soft_minimum(values: Floats) -> float:
     scale = float(values.mean())
-    return scale * float(np.mean((values / scale) ** -_SHARPNESS)) ** (-1 / _SHARPNESS)
+    mean = float(np.mean((values / scale) ** -_SHARPNESS))
+    return float(scale * mean ** (-1 / _SHARPNESS))

@@ -99,16 +99,14 @@ def nearest_of_the_best(
     if not rtts_s:
         return max(good, key=lambda start: (qualities[start], -start))
 
+    near = [one for one in others if one.peer_id in rtts_s]
+
     def distance_s(start: int) -> float:
         """To the nearest server before and after, where that is known."""
-        ends = [
-            min((rtts_s[one.peer_id] for one in others if one.peer_id in rtts_s and touches(one)), default=None)
-            for touches in (
-                lambda one: one.start < start <= one.end,
-                lambda one: one.start <= start + length < one.end,
-            )
-        ]
-        known = [end for end in ends if end is not None]
+        end = start + length
+        before = [rtts_s[one.peer_id] for one in near if one.start < start <= one.end]
+        after = [rtts_s[one.peer_id] for one in near if one.start <= end < one.end]
+        known = [min(rtts) for rtts in (before, after) if rtts]
         return sum(known) / len(known) if known else max(rtts_s.values())
 
     return min(good, key=lambda start: (distance_s(start), tuple(-part for part in qualities[start]), start))
