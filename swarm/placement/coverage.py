@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +16,13 @@ UNKNOWN_STEPS_PER_S = 1e-3
 _SHARPNESS = 12
 """Of the soft minimum: the higher, the less blocks beside the slowest count."""
 
+_NEXT_TO_NOTHING = 1e-9
+_AS_GOOD = 0.995
+"""Placements whose bottleneck reaches this share of the best one's are hardly worse."""
+
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 
 
 class Quality(NamedTuple):
@@ -29,6 +35,27 @@ class Quality(NamedTuple):
     bottleneck: float
     """Decode steps per second through the slowest block: a soft minimum over those that have a server, so that it
     also tells two placements apart that have the same slowest block."""
+
+
+@dataclass(frozen=True)
+class Qualities:
+    """What placements are like that differ in where one span begins; arrays ``[starts]``, see :class:`Quality`."""
+
+    uncovered: Counts
+    single: Counts
+    bottleneck: Floats
+
+    def __getitem__(self, start: int) -> Quality:
+        return Quality(int(self.uncovered[start]), int(self.single[start]), float(self.bottleneck[start]))
+
+    def best(self, allowed: Flags) -> list[int]:
+        """The starts, of those that are `allowed`, that are as good as the best one or hardly worse; the best first."""
+        for counts in (self.uncovered, self.single):
+            allowed = allowed & (counts == counts[allowed].max())
+        bottleneck = np.where(allowed, self.bottleneck, -1.0)
+        best = int(bottleneck.argmax())
+        good = np.flatnonzero(bottleneck >= _AS_GOOD * bottleneck[best])
+        return [best, *(int(start) for start in good if start != best)]
 
 
 class Coverage:
@@ -80,39 +107,40 @@ class Coverage:
         mean = float(self.steps_per_s.mean())
         return float(self.steps_per_s.min()) / mean if mean > 0 else 0.0
 
-    def qualities_with(self, length: int, steps_per_s: float) -> list[Quality]:
+    def copy(self) -> Coverage:
+        """One that can be changed."""
+        other = Coverage(0)
+        other.servers, other.steps_per_s = self.servers.copy(), self.steps_per_s.copy()
+        return other
+
+    def qualities_with(self, length: int, steps_per_s: float) -> Qualities:
         """What would be if one more server hosted `length` blocks from block 0 on, from block 1 on, …"""
         added = max(steps_per_s, UNKNOWN_STEPS_PER_S)
-        uncovered, single = self.servers == 0, self.servers == 1
-        uncovered_left = uncovered.sum() - _windows(uncovered, length)
-        single_left = (self.servers < 2).sum() - _windows(single, length)
+        none, one = self.servers == 0, self.servers == 1
+        uncovered = none.sum() - _windows(none.astype(np.float64), length)
+        single = none.sum() + one.sum() - _windows(one.astype(np.float64), length)
         scale = float(self.steps_per_s.mean()) or added
-        with np.errstate(divide="ignore"):
-            badness = np.where(uncovered, 0.0, (self.steps_per_s / scale) ** -_SHARPNESS)
-        better = ((self.steps_per_s + added) / scale) ** -_SHARPNESS
+        relative = self.steps_per_s / scale
+        badness = np.where(none, 0.0, np.maximum(relative, _NEXT_TO_NOTHING) ** -_SHARPNESS)
+        better = (relative + added / scale) ** -_SHARPNESS
         # Not `badness.sum() - …`: what is left beside a far worse block would be lost in rounding.
         before = np.concatenate([[0.0], np.cumsum(badness)])
         after = np.concatenate([np.cumsum(badness[::-1])[::-1], [0.0]])
-        starts = np.arange(self.num_blocks - length + 1)
-        total = before[starts] + _windows(better, length) + after[starts + length]
-        covered = self.num_blocks - uncovered_left
-        bottlenecks = scale * (total / covered) ** (-1 / _SHARPNESS)
-        return [
-            Quality(-int(none), -int(one), float(bottleneck))
-            for none, one, bottleneck in zip(uncovered_left, single_left, bottlenecks, strict=True)
-        ]
+        total = before[: len(uncovered)] + _windows(better, length) + after[length:]
+        bottleneck = scale * (total / (self.num_blocks - uncovered)) ** (-1 / _SHARPNESS)
+        return Qualities(-uncovered.astype(np.int64), -single.astype(np.int64), bottleneck)
 
 
 def _slice(span: Span) -> slice:
     return slice(max(span[0], 0), max(span[1], 0))
 
 
-def _windows(values: NDArray[np.generic], length: int) -> Floats:
+def _windows(values: Floats, length: int) -> Floats:
     """Sums over each `length` consecutive values."""
-    return np.convolve(values.astype(np.float64), np.ones(length), "valid")
+    return np.convolve(values, np.ones(length), "valid")
 
 
 def _soft_minimum(values: Floats) -> float:
     scale = float(values.mean())
-    mean = float(np.mean((values / scale) ** -_SHARPNESS))
+    mean = float(np.mean(np.maximum(values / scale, _NEXT_TO_NOTHING) ** -_SHARPNESS))
     return float(scale * mean ** (-1 / _SHARPNESS))

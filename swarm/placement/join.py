@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
-from swarm.placement.coverage import Coverage, Quality
+import numpy as np
+
+from swarm.placement.coverage import Coverage, Flags
 from swarm.placement.hosting import Capacity, Hosting, Span
 
+_NOTHING_KNOWN: Mapping[str, float] = MappingProxyType({})
 _SLOWEST_SHARE = 0.25
 """A server hosts fewer blocks than fit if with all of them it were slower than this share of the swarm's bottleneck."""
-_AS_GOOD = 0.995
-"""Spans whose bottleneck reaches this share of the best one's are equally good: latency decides between them."""
 
 
 def choose_span(
@@ -41,9 +43,28 @@ def choose_span(
     length = blocks_to_host(coverage, capacity) if blocks is None else min(blocks, num_blocks)
     if length < 1:
         raise ValueError("a server must host at least one block")
-    qualities = coverage.qualities_with(length, capacity.steps_per_s(length))
-    start = nearest_of_the_best(qualities, range(len(qualities)), length, others, rtts_s or {})
+    start = best_start(coverage, length, capacity.steps_per_s(length), others, rtts_s or {})
     return start, start + length
+
+
+def best_start(
+    coverage: Coverage,
+    length: int,
+    steps_per_s: float,
+    others: Iterable[Hosting] = (),
+    rtts_s: Mapping[str, float] = _NOTHING_KNOWN,
+    allowed: Flags | None = None,
+) -> int:
+    """Where a span of so many blocks makes the placement best; among those about as good, next to near peers.
+
+    Args:
+        others: whose coverage it is; needed only for `rtts_s`.
+        allowed: ``[starts]``: where the span may begin; default: anywhere.
+    """
+    qualities = coverage.qualities_with(length, steps_per_s)
+    if allowed is None:
+        allowed = np.ones(coverage.num_blocks - length + 1, dtype=bool)
+    return _nearest(qualities.best(allowed), length, others, rtts_s)
 
 
 def blocks_to_host(coverage: Coverage, capacity: Capacity) -> int:
@@ -70,35 +91,29 @@ def settle(me: Hosting, joining: Iterable[Hosting], others: Iterable[Hosting], n
         joining: who has announced that it is loading, with as many blocks as it will host; may include `me`.
         others: who is there already.
     """
-    placed = [one for one in others if one.peer_id != me.peer_id]
-    queue = {one.peer_id: one for one in joining} | {me.peer_id: me}
-    for one in sorted(queue.values(), key=lambda one: hashlib.sha256(one.peer_id.encode()).digest()):
-        capacity = Capacity(one.length, one.steps_per_s * one.length)
-        start, end = choose_span(placed, num_blocks, capacity, blocks=one.length, rtts_s=one.rtts_s)
-        if one.peer_id == me.peer_id:
-            return start, end
-        placed.append(Hosting(one.peer_id, start, end, one.steps_per_s))
-    raise AssertionError("unreachable: `me` is in the queue")
+    there = sorted((one for one in others if one.peer_id != me.peer_id), key=lambda one: one.peer_id)
+    return settle_over(me, joining, Coverage.of(there, num_blocks), there)
 
 
-def nearest_of_the_best(
-    qualities: Sequence[Quality],
-    starts: Iterable[int],
-    length: int,
-    others: Sequence[Hosting],
-    rtts_s: Mapping[str, float],
-) -> int:
-    """Of `starts`, the one with the best quality; of those about as good, the one with the nearest neighbours."""
-    starts = list(starts)
-    best = max(qualities[start] for start in starts)
-    good = [
-        start
-        for start in starts
-        if qualities[start][:2] == best[:2] and qualities[start].bottleneck >= _AS_GOOD * best.bottleneck
-    ]
+def settle_over(me: Hosting, joining: Iterable[Hosting], coverage: Coverage, others: Sequence[Hosting] = ()) -> Span:
+    """Likewise; `coverage` is that of `others`."""
+    coverage, placed = coverage.copy(), list(others)
+    for one in sorted((one for one in joining if _turn(one) < _turn(me)), key=_turn):
+        start = best_start(coverage, one.length, one.steps_per_s, placed, one.rtts_s)
+        coverage.add((start, start + one.length), one.steps_per_s)
+        placed.append(Hosting(one.peer_id, start, start + one.length, one.steps_per_s))
+    start = best_start(coverage, me.length, me.steps_per_s, placed, me.rtts_s)
+    return start, start + me.length
+
+
+def _turn(joining: Hosting) -> bytes:
+    return hashlib.sha256(joining.peer_id.encode()).digest()
+
+
+def _nearest(starts: Sequence[int], length: int, others: Iterable[Hosting], rtts_s: Mapping[str, float]) -> int:
+    """Of `starts`, the one with the nearest neighbours, as far as that is known; else the first."""
     if not rtts_s:
-        return max(good, key=lambda start: (qualities[start], -start))
-
+        return starts[0]
     near = [one for one in others if one.peer_id in rtts_s]
 
     def distance_s(start: int) -> float:
@@ -109,4 +124,4 @@ def nearest_of_the_best(
         known = [min(rtts) for rtts in (before, after) if rtts]
         return sum(known) / len(known) if known else max(rtts_s.values())
 
-    return min(good, key=lambda start: (distance_s(start), tuple(-part for part in qualities[start]), start))
+    return min(starts, key=distance_s)

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from swarm.placement.coverage import Coverage, Quality
+import numpy as np
+
+from swarm.placement.coverage import Counts, Coverage, Flags, Quality
 from swarm.placement.hosting import Hosting, Span
-from swarm.placement.join import nearest_of_the_best
+from swarm.placement.join import best_start
 
 
 class Urgency(IntEnum):
@@ -74,7 +76,26 @@ def wanted_move(
         others: who is there, or joining, with what they claim to move to.
     """
     there = sorted((one for one in others if one.peer_id != me.peer_id), key=lambda one: one.peer_id)
-    return _wanted(me, Coverage.of(there, num_blocks), there, policy)
+    return wanted_over(me, Coverage.of(there, num_blocks), policy, there)
+
+
+def wanted_over(
+    me: Hosting, coverage: Coverage, policy: MovePolicy = MovePolicy(), others: Sequence[Hosting] = ()
+) -> Move | None:
+    """Likewise; `coverage` is that of all others, who need be named only if `me` knows its ways to them."""
+    allowed = _allowed_starts(me, coverage)
+    if not allowed.any():
+        return None
+    qualities = coverage.qualities_with(me.length, me.steps_per_s)
+    start = best_start(coverage, me.length, me.steps_per_s, others, me.rtts_s, allowed)
+    stay, there = qualities[me.start], qualities[start]
+    urgency = _urgency(stay, there)
+    if urgency is None:
+        return None
+    if urgency is Urgency.SPEED and not _is_worth_it(stay, there, coverage.quality(), me, coverage, policy):
+        return None
+    gain = there.bottleneck - stay.bottleneck
+    return Move(me.peer_id, me.span, (start, start + me.length), urgency, gain, me.steps_per_s)
 
 
 def may_move(
@@ -90,57 +111,62 @@ def may_move(
         claims: of others; what their owners say is checked by these themselves.
         hostings: everybody, the mover as well.
     """
-    before = {one.peer_id: one for one in claims if one.peer_id != move.peer_id and _order(one) < _order(move)}
     there = {one.peer_id: one for one in hostings}
-    if move.peer_id not in there or len(before) >= max(1, int(policy.at_once * len(there))):
+    me = there.pop(move.peer_id, None)
+    if me is None:
         return False
-    me = there.pop(move.peer_id)
-    meanwhile = Coverage.of((one for one in there.values() if one.peer_id not in before), num_blocks)
-    if move.new[0] not in _allowed_starts(me, meanwhile):
+    others = sorted(there.values(), key=lambda one: one.peer_id)
+    believed = [one for one in claims if one.peer_id in there and there[one.peer_id].span == one.old]
+    return may_move_over(move, me, believed, Coverage.of(others, num_blocks), len(there) + 1, policy)
+
+
+def may_move_over(
+    move: Move, me: Hosting, claims: Iterable[Move], coverage: Coverage, servers: int, policy: MovePolicy = MovePolicy()
+) -> bool:
+    """Likewise.
+
+    Args:
+        claims: by servers that host what they claim to leave.
+        coverage: that of all others.
+        servers: how many there are.
+    """
+    before = [one for one in claims if one.peer_id != move.peer_id and _order(one) < _order(move)]
+    if len(before) >= max(1, int(policy.at_once * servers)):
         return False
-    arrived = {claim.peer_id: Hosting(claim.peer_id, *claim.new, claim.steps_per_s) for claim in before.values()}
-    again = wanted_move(
-        me, (there | {one: arrived[one] for one in arrived if one in there}).values(), num_blocks, policy
-    )
+    meanwhile = coverage.copy()
+    for claim in before:
+        meanwhile.remove(claim.old, claim.steps_per_s)
+    if not _allowed_starts(me, meanwhile)[move.new[0]]:
+        return False
+    for claim in before:
+        meanwhile.add(claim.new, claim.steps_per_s)
+    again = wanted_over(me, meanwhile, policy)
     return again is not None and again.new == move.new
 
 
-def _wanted(me: Hosting, coverage: Coverage, others: Sequence[Hosting], policy: MovePolicy) -> Move | None:
-    """`coverage` is that of `others`, who are sorted by peer id."""
-    length = me.length
-    starts = _allowed_starts(me, coverage)
-    if not starts:
-        return None
-    qualities = coverage.qualities_with(length, me.steps_per_s)
-    stay, without = qualities[me.start], coverage.quality()
-    start = nearest_of_the_best(qualities, starts, length, others, me.rtts_s)
-    there = qualities[start]
-    urgency = _urgency(stay, there)
-    if urgency is None or not (urgency > Urgency.SPEED or _is_worth_it(stay, there, without, me, coverage, policy)):
-        return None
-    gain = there.bottleneck - stay.bottleneck
-    return Move(me.peer_id, me.span, (start, start + length), urgency, gain, me.steps_per_s)
-
-
-def _allowed_starts(me: Hosting, coverage: Coverage) -> list[int]:
-    """Where `me` could go without taking from any block its last server, or its second without need.
+def _allowed_starts(me: Hosting, coverage: Coverage) -> Flags:
+    """Where `me` could go without taking from any block its last server, or its second without need; ``[starts]``.
 
     While it loads, it serves nothing, also not those blocks that it hosts before and after. That does no harm only
     where nobody gets through anyway, because some block has no server.
     """
-    starts = [start for start in range(coverage.num_blocks - me.length + 1) if start != me.start]
-    others = coverage.servers
-    only_mine = [block for block in range(*me.span) if others[block] == 0]
-    rescues = [
-        start
-        for start in starts
-        if all(start <= block < start + me.length for block in only_mine)
-        and (others[start : start + me.length] == 0).sum() > len(only_mine)
-    ]
-    if rescues or only_mine:
+    servers, starts = coverage.servers, coverage.num_blocks - me.length + 1
+    first = np.arange(starts)
+
+    def keeps(blocks: Counts) -> Flags:
+        kept: Flags = (first <= blocks.min()) & (blocks.max() < first + me.length)
+        return kept
+
+    elsewhere: Flags = first != me.start
+    only_mine = np.flatnonzero(servers[me.start : me.end] == 0) + me.start
+    without = np.convolve(servers == 0, np.ones(me.length), "valid")
+    rescues: Flags = elsewhere & (without > len(only_mine))
+    if len(only_mine):
+        return rescues & keeps(only_mine)
+    if rescues.any():
         return rescues
-    shared = [block for block in range(*me.span) if others[block] == 1]
-    return [start for start in starts if all(start <= block < start + me.length for block in shared)]
+    shared = np.flatnonzero(servers[me.start : me.end] == 1) + me.start
+    return elsewhere & keeps(shared) if len(shared) else elsewhere
 
 
 def _urgency(stay: Quality, there: Quality) -> Urgency | None:
