@@ -61,7 +61,8 @@ class Ours:
 class Alone:
     """What servers have in common that neither look again after they have chosen, nor agree with others."""
 
-    name, check_s, claims = "greedy", None, False
+    name, claims = "greedy", False
+    check_s: float | None = None
 
     def join(self, coverage: Coverage, capacity: Capacity, random: Random) -> Span:
         return _lexicographic(coverage.steps_per_s, min(capacity.max_blocks, coverage.num_blocks))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from swarm.placement import Capacity, Coverage, Hosting, Move, Span
+from swarm.placement import Coverage, Hosting, Move, Span
 from swarm.simulation.outcome import Outcome, Sample
 from swarm.simulation.strategies import Strategy
 from swarm.simulation.world import World
@@ -25,7 +25,6 @@ _ALARM_S = 10.0
 class _Server:
     peer_id: str
     region: int
-    capacity: Capacity
     span: Span
     steps_per_s: float
     is_serving: bool = False
@@ -51,7 +50,8 @@ def simulate(world: World, strategy: Strategy, on_time: Callable[[float], object
 class _Swarm:
     def __init__(self, world: World, strategy: Strategy, on_time: Callable[[float], object]) -> None:
         self._world, self._strategy, self._on_time = world, strategy, on_time
-        self._random = Random(world.seed)
+        self._nature = Random(world.seed)  # who comes, stays and dies is the same for all strategies
+        self._random = Random(world.seed + 1)
         self._now_s = 0.0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._number = itertools.count()
@@ -66,7 +66,7 @@ class _Swarm:
 
     def run(self) -> Outcome:
         world = self._world
-        for at_s in world.arrivals(self._random):
+        for at_s in world.arrivals(self._nature):
             self._at(at_s, self._arrive)
         for number in range(int(world.duration_s / SAMPLE_S) + 1):
             self._at(number * SAMPLE_S, self._sample)
@@ -91,16 +91,16 @@ class _Swarm:
     # --- a server's life
 
     def _arrive(self) -> None:
-        world, random = self._world, self._random
-        capacity = world.capacity(random)
-        span = self._strategy.join(self._seen, capacity, random)
+        world, nature = self._world, self._nature
+        capacity, region = world.capacity(nature), nature.randrange(world.regions)
+        life_s, crashes = nature.expovariate(1 / world.mean_life_s), nature.random() < world.crashes
+        span = self._strategy.join(self._seen, capacity, self._random)
         steps_per_s = capacity.steps_per_s(span[1] - span[0])
-        number = next(self._number)
-        server = _Server(f"peer{number:08d}", random.randrange(world.regions), capacity, span, steps_per_s)
+        server = _Server(f"peer{next(self._number):08d}", region, span, steps_per_s)
         self._servers[server.peer_id] = server
         self._announce(server, joining=True)
         self._after(_SETTLE_VIEWS * world.view_delay_s, lambda: self._settle(server))
-        self._after(random.expovariate(1 / world.mean_life_s), lambda: self._leave(server))
+        self._after(life_s, lambda: self._leave(server, crashes=crashes))
 
     def _settle(self, server: _Server) -> None:
         if server.is_gone:
@@ -126,10 +126,9 @@ class _Swarm:
 
         self._after(self._random.uniform(*self._world.load_s), loaded)
 
-    def _leave(self, server: _Server) -> None:
+    def _leave(self, server: _Server, *, crashes: bool) -> None:
         if not server.is_gone:
-            says_goodbye = self._random.random() >= self._world.crashes
-            self._go(server, seen_for_s=self._world.view_delay_s if says_goodbye else self._world.lease_s)
+            self._go(server, seen_for_s=self._world.lease_s if crashes else self._world.view_delay_s)
 
     def _go(self, server: _Server, *, seen_for_s: float) -> None:
         server.is_gone = True
@@ -170,7 +169,10 @@ class _Swarm:
             self._begin(server, move)
         else:
             server.is_moving = False
-        self._after(self._world.view_delay_s, lambda: self._seen_claims.pop(server.peer_id, None))
+        self._after(self._world.view_delay_s, lambda: self._forget_claim(server))
+
+    def _forget_claim(self, server: _Server) -> None:
+        self._seen_claims.pop(server.peer_id, None)
 
     def _is_there(self, claim: Move) -> bool:
         seen = self._seen_hostings.get(claim.peer_id)
@@ -192,7 +194,7 @@ class _Swarm:
 
     def _fail_many(self) -> None:
         everybody = list(self._servers.values())
-        for server in self._random.sample(everybody, int(self._world.mass_failure_share * len(everybody))):
+        for server in self._nature.sample(everybody, int(self._world.mass_failure_share * len(everybody))):
             self._go(server, seen_for_s=self._world.lease_s)
 
     def _cut_off(self, cut: bool) -> None:
