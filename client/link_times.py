@@ -17,10 +17,10 @@ LEAST_RTT_S = 0.005
 _ASK_AT_ONCE = 8
 """So many servers are asked before a route is chosen; the ways to others are guessed from theirs."""
 _PATIENCE_S = 1.0
-_TRIPS = 10
+_TRIPS = 12
 """Round trips that dialling a stranger and a few pings take together: a server that was not done when patience ended is
 at least so far."""
-_PINGS = 2
+_PINGS = 4
 _FORGETTING = 0.05
 _READ_BYTES = 4096
 _FAILURES = (SwarmError, OSError, EOFError)

@@ -320,6 +320,26 @@ def test_thirty_two_clients_load_eight_servers_in_proportion_to_what_they_bear(k
         assert load[peer_id] == pytest.approx(32 * speed / sum(speeds.values()), rel=0.25, abs=0.5)  # whole sessions
 
 
+def test_where_links_take_most_of_the_time_load_is_still_in_proportion() -> None:
+    speeds = {f"peer{index}": [2000.0, 4000.0][index % 2] for index in range(8)}
+    links = ClientLinks({peer_id: 0.1 for peer_id in speeds})
+    load = Counter[str]()
+    for client in range(48):
+        spans = [HostedSpan(peer_id, 0, 4, speed, sessions=load[peer_id]) for peer_id, speed in speeds.items()]
+        route = find_route(spans, 0, 4, links=links, tolerance=0.05, salt=str(client))
+        assert route is not None
+        load[route[0].peer_id] += 1
+    for peer_id, speed in speeds.items():
+        assert load[peer_id] == pytest.approx(48 * speed / sum(speeds.values()), rel=0.25)
+
+
+def test_being_nearly_as_good_is_no_reason_to_change_servers_more_often() -> None:
+    spans = [HostedSpan(f"peer{index}", 0, 30, 10 + 0.05 * index) for index in range(8)]
+    routes = [find_route(spans, 0, 30, tolerance=0.05, salt=str(salt)) for salt in range(100)]
+    assert all(route is not None and len(route) == 1 for route in routes)
+    assert len(set(routes)) == 8
+
+
 # changing
 
 

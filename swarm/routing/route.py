@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import math
@@ -16,6 +17,8 @@ from swarm.routing.snapshot import ClientLinks, HostedSpan, Leg
 
 _UNKNOWN_LINKS = ClientLinks()
 _ROUNDING = 1e-12
+_LOAD_TOLERANCE = 0.25
+"""Loads that differ by no more are alike: they are some seconds old, and who takes the least would meet all others."""
 _LEAST_CAPACITY, _MOST_CAPACITY = 1e-6, 1e15
 
 Indices = NDArray[np.intp]
@@ -142,31 +145,66 @@ class _Ways:
         return float((self.cost.arriving[self.hosts[0]] + self.onward[0]).min())
 
     def walk(self, tolerance: float, salt: str) -> tuple[Leg, ...]:
-        """A way that takes at most so much longer than the best; the choice between servers is the salt's."""
+        """A way that takes at most so much longer than the best; the choice between servers is the salt's.
+
+        It changes servers where a best way does: what is within the tolerance is not spent on further changes.
+        """
         limit = self.least_s * (1 + tolerance + _ROUNDING)
-        spent, here, legs, begun = 0.0, -1, list[Leg](), self.start
+        servers, bounds = self._best(self.least_s * (1 + _ROUNDING), salt)
+        spent = self._seconds(servers, bounds)
+        for leg in range(len(servers) if tolerance > 0 else 0):
+            able = functools.reduce(np.intersect1d, self.hosts[bounds[leg] : bounds[leg + 1]])
+            good = {servers[leg]: spent}
+            for server in set(able.tolist()) - set(servers[max(0, leg - 1) : leg + 2]):
+                seconds = self._seconds([*servers[:leg], server, *servers[leg + 1 :]], bounds)
+                if seconds <= limit:
+                    good[server] = seconds
+            servers[leg] = self._choose(list(good), salt)
+            spent = good[servers[leg]]
+        return tuple(
+            Leg(self.spans[server].peer_id, self.start + begin, self.start + end)
+            for server, begin, end in zip(servers, bounds, bounds[1:], strict=False)
+        )
+
+    def _best(self, limit: float, salt: str) -> tuple[list[int], list[int]]:
+        """The servers of a best way, and the blocks (from 0) at which their legs begin, and the end."""
+        servers, bounds, spent = list[int](), list[int](), 0.0
         for number, (there, onward) in enumerate(zip(self.hosts, self.onward, strict=True)):
-            ways = (self.cost.arriving if here < 0 else self.cost.between[here])[there]
+            ways = (self.cost.between[servers[-1]] if servers else self.cost.arriving)[there]
             seconds = ways + onward
-            staying = np.flatnonzero(there == here)
+            staying = np.flatnonzero(there == servers[-1]) if servers else np.empty(0, dtype=np.intp)
             if not (staying.size and seconds[staying[0]] <= seconds.min()):
                 good = np.flatnonzero((spent + seconds <= limit) | (seconds == seconds.min()))
-                chosen = min(good, key=lambda one: self._ticket(int(there[one]), salt))
-                if here >= 0 and there[chosen] != here:
-                    legs.append(Leg(self.spans[here].peer_id, begun, self.start + number))
-                    begun = self.start + number
-                here = int(there[chosen])
-                spent += float(ways[chosen])
-            spent += float(self.block_s[here])
-        legs.append(Leg(self.spans[here].peer_id, begun, self.start + len(self.hosts)))
-        return tuple(legs)
+                chosen = self._choose(there[good].tolist(), salt)
+                spent += float(ways[there == chosen][0])
+                if not servers or chosen != servers[-1]:
+                    servers.append(chosen)
+                    bounds.append(number)
+            spent += float(self.block_s[servers[-1]])
+        return servers, [*bounds, len(self.hosts)]
 
-    def _ticket(self, server: int, salt: str) -> tuple[float, str]:
-        """The first of some exponential arrivals is any of them with a chance in proportion to its rate."""
-        span = self.spans[server]
-        digest = hashlib.sha256(f"{salt} {span.peer_id}".encode()).digest()
-        uniform = (int.from_bytes(digest[:7]) + 0.5) / 2**56
-        return -math.log(uniform) / min(max(span.capacity, _LEAST_CAPACITY), _MOST_CAPACITY), span.peer_id
+    def _seconds(self, servers: Sequence[int], bounds: Sequence[int]) -> float:
+        links = self.cost.arriving[servers[0]] + self.cost.leaving[servers[-1]]
+        links += sum(self.cost.between[one, two] for one, two in itertools.pairwise(servers))
+        blocks = (end - begin for begin, end in itertools.pairwise(bounds))
+        return float(links + sum(self.block_s[server] * length for server, length in zip(servers, blocks, strict=True)))
+
+    def _choose(self, servers: Sequence[int], salt: str) -> int:
+        """One of servers that are as good: of those that bear least for what they can, any in proportion to that."""
+        bears = [min(max(self.spans[one].capacity, _LEAST_CAPACITY), _MOST_CAPACITY) for one in servers]
+        loads = [self.spans[one].sessions / most for one, most in zip(servers, bears, strict=True)]
+        limit = min(loads) * (1 + _LOAD_TOLERANCE)
+        tickets = [
+            (self._draw(one, salt) / most, self.spans[one].peer_id, one)
+            for one, most, load in zip(servers, bears, loads, strict=True)
+            if load <= limit
+        ]
+        return min(tickets)[-1]
+
+    def _draw(self, server: int, salt: str) -> float:
+        """An exponential variate: the first of some such arrivals is each with a chance in proportion to its rate."""
+        digest = hashlib.sha256(f"{salt} {self.spans[server].peer_id}".encode()).digest()
+        return -math.log((int.from_bytes(digest[:7]) + 0.5) / 2**56)
 
 
 def _least(between: Seconds, arrival_s: Seconds, here: Indices, there: Indices, onward: Seconds) -> Seconds:
