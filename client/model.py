@@ -49,6 +49,8 @@ class AutoDistributedModelForCausalLM:
         activation_codec: str | None = None,
         allowed_servers: Iterable[str] | None = None,
         blocked_servers: Iterable[str] = (),
+        pinned_servers: Iterable[str] = (),
+        profile: str | None = None,
         quantization: str | None = None,
         any_precision: bool = False,
         allow_untested: bool = False,
@@ -69,6 +71,9 @@ class AutoDistributedModelForCausalLM:
             activation_codec: send hidden states as ``"int8"``, ``"bfloat16"`` or ``"float16"``: less to send, and
                 not exact any more (:mod:`swarm.protocol.codec`); default: losslessly.
             allowed_servers, blocked_servers: peer ids to use only, or never.
+            pinned_servers: peer ids to use wherever they host; that one of them cannot be used is an error.
+            profile: choose routes for ``"interactive"``, ``"long prompt"``, ``"batch"`` or ``"training"`` work;
+                default: for what each session asks for.
             quantization: use servers with ``"int8"``, ``"nf4"`` or ``"int4"`` weights, and multiply with the head in 8
                 bits; default: only unquantized ones.
             any_precision: also use servers of another precision.
@@ -95,6 +100,8 @@ class AutoDistributedModelForCausalLM:
             activation_codec=activation_codec,
             allowed_servers=tuple(allowed_servers) if allowed_servers is not None else None,
             blocked_servers=tuple(blocked_servers),
+            pinned_servers=tuple(pinned_servers),
+            profile=profile,
             quantization=quantization,
             any_precision=any_precision,
         )

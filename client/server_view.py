@@ -4,22 +4,42 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
+from swarm.client.link_times import LEAST_RTT_S, LinkTimes
+from swarm.client.own_sessions import OwnSessions
 from swarm.client.settings import ClientSettings
 from swarm.client.waiting_line import WaitingLine
 from swarm.dht import Announcement, Directory, State, precision_name
 from swarm.errors import RemoteError
 from swarm.models import Checkpoint
-from swarm.routing import HostedSpan, Leg, find_route, uncovered_blocks
+from swarm.routing import (
+    INTERACTIVE,
+    ClientLinks,
+    FailureMemory,
+    HostedSpan,
+    Leg,
+    Profile,
+    Standing,
+    find_route,
+    least_seconds,
+    route_seconds,
+    uncovered_blocks,
+    with_estimates,
+    worth_rerouting,
+)
+from swarm.transport.node import Node
 
 _PENALTY_S = 15.0
 """A server that died is left alone for longer than its announcement can survive it."""
 _REFUSAL_PENALTY_S = 5.0
-_SECOND_CHANCE_S = 1.0
-"""When there is no other way, a server that failed is tried again after this long."""
+_AS_GOOD = 0.05
+"""Routes that are expected to take so little longer than the best are as good: estimates are not better than that, and
+clients that all took the best would meet there."""
+_SCARCE_ROOM_S = 1.0
+"""What taking all the room that a server has is reckoned to cost; nothing for half of it."""
 _RETRY_ROOM_S, _LONGEST_RETRY_S = 1.0, 30.0
 """A server that is full, and does not say when to ask again, is asked after this long."""
 _JITTER = 0.5
@@ -38,6 +58,10 @@ class Wish:
     """Sessions of this client have waited for room for longer: do not try those servers before them."""
     too_small: Mapping[str, str] = field(default_factory=dict)
     """Servers whose whole cache is smaller than that, and what they said."""
+    session: str = ""
+    """Who wishes: a name among this client's sessions."""
+    profile: Profile = INTERACTIVE
+    """What it has to do."""
 
 
 _NOTHING = Wish()
@@ -58,13 +82,6 @@ _FOR_NOW = frozenset({Hurdle.FAILED_NOW, Hurdle.FAILED_LATELY, Hurdle.FULL})
 
 
 @dataclass(frozen=True)
-class _Penalty:
-    at_least_until: float
-    until: float
-    reason: str
-
-
-@dataclass(frozen=True)
 class _Full:
     until: float
     positions: int
@@ -75,12 +92,16 @@ class _Full:
 class ServerView:
     """Servers of one model, as the directory and this client's own experience show them."""
 
-    def __init__(self, directory: Directory, checkpoint: Checkpoint, dtype: str, settings: ClientSettings) -> None:
+    def __init__(
+        self, node: Node, directory: Directory, checkpoint: Checkpoint, dtype: str, settings: ClientSettings
+    ) -> None:
         self._directory, self._checkpoint, self._settings = directory, checkpoint, settings
         self._precision = precision_name(dtype, settings.quantization or "")
         self._servers: dict[str, Announcement] = {}
         self._seen_at = float("-inf")
-        self._penalties: dict[str, _Penalty] = {}
+        self._failures = FailureMemory()
+        self._links = LinkTimes(node)
+        self._own = OwnSessions()
         self._full: dict[str, _Full] = {}
         self.line = WaitingLine()
 
@@ -94,6 +115,14 @@ class ServerView:
             self._servers = {server.peer_id: server for server in found}
             self._seen_at = time.monotonic()
 
+    async def measure_links(self) -> None:
+        """Find out how far servers are to which no session has led yet. Takes a second at most, and only once for each
+        server."""
+        servers = [one for one in self._servers.values() if self._objection(one, _NOTHING) is None]
+        random.shuffle(servers)  # where there are many, every client asks others
+        if len(servers) > 1:
+            await self._links.ask(servers)
+
     def server(self, peer_id: str) -> Announcement:
         """The announcement of a server on a route that :meth:`route` returned."""
         return self._servers[peer_id]
@@ -104,7 +133,8 @@ class ServerView:
         """The best way through ``[start, end)`` over servers in good standing; None if there is none.
 
         Those that announce room for `wish` come first; what they announce is some seconds old, so others are not left
-        out. Those that said they had none are, until it is time to ask again.
+        out. Those that said they had none are, until it is time to ask again. Routes that are as good are chosen by
+        `salt`, with chances in proportion to what their servers bear.
         """
         servers = [server for server in self._servers.values() if server.peer_id != without]
         roomy = [server for server in servers if server.free_kv_tokens >= wish.positions]
@@ -128,19 +158,58 @@ class ServerView:
     def standby(self, start: int, end: int, *, without: frozenset[str], salt: str, wish: Wish = _NOTHING) -> Leg | None:
         """One server, none of `without`, that could take over all of ``[start, end)``; None if there is none."""
         hosts = [
-            _hosted(server)
+            self._hosted(server, wish)
             for server in self._servers.values()
             if server.start <= start and end <= server.end
             if server.peer_id not in without and self._objection(server, wish) is None
         ]
-        route = find_route(hosts, start, end, salt=salt)
+        if pinned := self._pinned_in(start, end):
+            hosts = [host for host in hosts if host.peer_id in pinned]
+        route = self._find(hosts, start, end, wish, salt)
         return route[0] if route is not None and len(route) == 1 else None
 
-    def penalize(self, peer_id: str, error: Exception) -> None:
-        """Leave a server alone for a while, because of `error`."""
-        seconds = _REFUSAL_PENALTY_S if isinstance(error, RemoteError) else _PENALTY_S
+    def has_better_way(self, route: Sequence[Leg], wish: Wish, replayed: int) -> bool:
+        """Whether a session should leave a route that works, to tell other servers its `replayed` positions.
+
+        Args:
+            wish: with what remains to be done as its profile.
+        """
+        start, end = route[0].start, route[-1].end
+        hosts = self._usable(self._servers.values(), wish, ())
+        links = self._client_links(hosts)
+        pinned = self._settings.pinned_servers
+        now_used = {leg.peer_id for leg in route}
+        present = [self._hosted(one, wish) for one in self._servers.values() if one.peer_id in now_used]
+        if {one.peer_id for one in present} != now_used:
+            return False  # it is leaving, or was not found just now: others see to that
+        replay = replace(wish.profile, steps=0.0, prompt_positions=float(replayed))
+        return worth_rerouting(
+            route_seconds(route, present, links=links, profile=wish.profile),
+            least_seconds(hosts, start, end, links=links, profile=wish.profile, pinned=pinned),
+            least_seconds(hosts, start, end, links=links, profile=replay, pinned=pinned),
+        )
+
+    def session_opened(self, peer_id: str, session: str) -> None:
+        """A session of this client goes to a server."""
         now = time.monotonic()
-        self._penalties[peer_id] = _Penalty(now + _SECOND_CHANCE_S, now + seconds, str(error))
+        self._own.opened(peer_id, session, time.time(), now)
+        self._failures.chosen(peer_id, now, session)
+
+    def session_closed(self, peer_id: str, session: str) -> None:
+        """It has left it, or lost it."""
+        self._own.closed(peer_id, session, time.time())
+
+    def worked(self, peer_id: str, session: str, one_way_s: float | None) -> None:
+        """A step of `session` has passed a server, to which the way takes so long."""
+        if one_way_s is not None:
+            self._links.heard(peer_id, 2 * one_way_s)
+        if (since := self._own.since(peer_id, session)) is not None:
+            self._failures.succeeded(peer_id, since)
+
+    def penalize(self, peer_id: str, error: Exception) -> None:
+        """Leave a server alone for a while, because of `error`; for longer if it failed when it was tried again."""
+        seconds = _REFUSAL_PENALTY_S if isinstance(error, RemoteError) else _PENALTY_S
+        self._failures.failed(peer_id, time.monotonic(), seconds, str(error))
 
     def found_full(self, peer_id: str, wish: Wish, reason: str, retry_after_s: float | None) -> None:
         """A server has no room for `wish`. It is in good standing: those who want less, or later, may ask."""
@@ -173,9 +242,14 @@ class ServerView:
 
     def explain(self, start: int, end: int) -> str:
         """Which of the blocks ``[start, end)`` cannot be served, and why, for an error message."""
-        usable = [_hosted(server) for server in self._servers.values() if self._objection(server, _NOTHING) is None]
+        usable = self._usable(self._servers.values(), _NOTHING, ())
         missing = uncovered_blocks(usable, start, end)
-        lines = [f"No server is available for {_ranges(missing)} of {self._checkpoint.name}."]
+        lines = [f"No server is available for {_ranges(missing)} of {self._checkpoint.name}."] if missing else []
+        for peer_id in self._settings.pinned_servers:
+            if peer_id not in self._servers:
+                lines.append(f"The pinned server {peer_id} does not announce this model.")
+            elif (objection := self._objection(self._servers[peer_id], _NOTHING)) is not None:
+                lines.append(f"The pinned server {peer_id} cannot be used: {objection[1]}.")
         if not self._servers:
             lines.append(f"Nobody announces this model (digest {self._checkpoint.model_digest[:16]}…).")
         for server in self._servers.values():
@@ -193,20 +267,62 @@ class ServerView:
         overlook: Collection[Hurdle],
         salt: str = "",
     ) -> tuple[Leg, ...] | None:
+        usable = self._usable(servers, wish, overlook)
+        if not {span.peer_id for span in usable}.issuperset(self._settings.pinned_servers):
+            return None
+        return self._find(usable, start, end, wish, salt)
+
+    def _find(self, hosts: Sequence[HostedSpan], start: int, end: int, wish: Wish, salt: str) -> tuple[Leg, ...] | None:
+        return find_route(
+            hosts,
+            start,
+            end,
+            links=self._client_links(hosts),
+            profile=wish.profile,
+            pinned=self._settings.pinned_servers,
+            tolerance=_AS_GOOD,
+            salt=salt,
+        )
+
+    def _usable(self, servers: Iterable[Announcement], wish: Wish, overlook: Collection[Hurdle]) -> list[HostedSpan]:
         objections = ((server, self._objection(server, wish)) for server in servers)
-        usable = [_hosted(server) for server, why in objections if why is None or why[0] in overlook]
-        return find_route(usable, start, end, salt=salt)
+        return [self._hosted(server, wish) for server, why in objections if why is None or why[0] in overlook]
+
+    def _hosted(self, server: Announcement, wish: Wish) -> HostedSpan:
+        share = min(wish.positions / server.free_kv_tokens, 1.0) if server.free_kv_tokens else float(wish.positions > 0)
+        return HostedSpan(
+            server.peer_id,
+            server.start,
+            server.end,
+            server.throughput,
+            server.decode_steps_per_s,
+            server.prefill_tokens_per_s,
+            self._own.load(server.peer_id, server.sessions, server.issued_at, wish.session),
+            {peer_id: max(rtt_s, LEAST_RTT_S) for peer_id, rtt_s in server.rtts_s.items()},
+            server.upload_bytes_per_s,
+            server.download_bytes_per_s,
+            self._failures.expected_loss_s(server.peer_id, time.monotonic()) + _SCARCE_ROOM_S * max(0.0, 2 * share - 1),
+        )
+
+    def _client_links(self, hosts: Sequence[HostedSpan]) -> ClientLinks:
+        return with_estimates(ClientLinks(self._links.rtts_s), hosts)
+
+    def _pinned_in(self, start: int, end: int) -> set[str]:
+        """Those of the pinned servers that host any of these blocks."""
+        servers = [self._servers[one] for one in self._settings.pinned_servers if one in self._servers]
+        return {server.peer_id for server in servers if server.start < end and start < server.end}
 
     def _objection(self, server: Announcement, wish: Wish) -> tuple[Hurdle, str] | None:
         """Why a server cannot be used for `wish` now; None if it can."""
         if (unfit := self._unfit(server)) is not None:
             return Hurdle.UNFIT, unfit
-        now, penalty, full = time.monotonic(), self._penalties.get(server.peer_id), self._full.get(server.peer_id)
+        now, full = time.monotonic(), self._full.get(server.peer_id)
         if server.peer_id in wish.too_small:
             return Hurdle.TOO_SMALL, wish.too_small[server.peer_id]
-        if penalty is not None and now < penalty.until:
-            lately = now >= penalty.at_least_until
-            return Hurdle.FAILED_LATELY if lately else Hurdle.FAILED_NOW, f"failed a moment ago: {penalty.reason}"
+        standing = self._failures.standing(server.peer_id, now, wish.session)
+        if standing not in (Standing.GOOD, Standing.MAY_BE_TRIED):
+            hurdle = Hurdle.FAILED_NOW if standing is Standing.FAILED_NOW else Hurdle.FAILED_LATELY
+            return hurdle, f"failed a moment ago: {self._failures.reason(server.peer_id)}"
         if full is not None and (wish.waits_for_others or (now < full.until and wish.positions >= full.positions)):
             return Hurdle.FULL, f"full: {full.reason}"
         return None
@@ -235,10 +351,6 @@ class ServerView:
             len(theirs) < 16 or not mine.startswith(theirs)
             for mine, theirs in zip(own, server.block_digests, strict=True)
         )
-
-
-def _hosted(server: Announcement) -> HostedSpan:
-    return HostedSpan(server.peer_id, server.start, server.end, server.throughput)
 
 
 def _ranges(blocks: list[int] | range) -> str:

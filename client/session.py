@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import secrets
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ from swarm.protocol.routed_session import (
     RoutedSession,
     ToHop,
 )
-from swarm.routing import Leg
+from swarm.routing import PROFILES, Leg, Profile
 from swarm.transport.node import Node
 from swarm.transport.watched_stream import WatchedStream
 
@@ -55,6 +56,9 @@ _VIEW_AGE_IN_RECOVERY_S = 30.0
 _LOOK_AFTER_S = 2.0
 _SEND_AGAIN_S = 20.0
 """A step that nobody has answered for so long, though all servers are alive, is sent once more."""
+_REROUTE_S = 15.0
+"""How often, give or take a half, a session that works looks for a much better way."""
+_BYTES_PER_NUMBER = 4
 _MIN_CHUNK, _CHUNKS = 64, 16
 """Prefill travels in pieces, so that all servers of a route work at once."""
 
@@ -83,6 +87,7 @@ class Session:
     Attributes:
         recoveries: what was lost and replaced so far.
         last_step: where the time of the last step went.
+        reroutes: how often it left servers that worked, for a much better way.
     """
 
     def __init__(
@@ -110,10 +115,14 @@ class Session:
         self._opened: set[int] = set()  # hops
         self._too_small: dict[str, str] = {}  # servers, by peer id, and what they said
         self._without_room_since: float | None = None
+        self._new_positions = 0  # of the step that is under way
+        self._better_way = False
+        self._next_reroute = time.monotonic() + _REROUTE_S * random.uniform(0.5, 1.5)
         self._step_begun = self._last_progress = self._last_sent_again = 0.0  # time.monotonic()
         self._closed = False
         self.recoveries: list[Recovery] = []
         self.last_step = StepTiming(0.0, ())
+        self.reroutes = 0
 
     @property
     def position(self) -> int:
@@ -176,6 +185,9 @@ class Session:
         if self._looking_after is None:
             self._looking_after = self._errand(self._look_after())
         self._max_length = max(self._max_length, self._position + count)
+        self._new_positions = count
+        if self._better_way:
+            self._reroute()
         old_batch, self._batch = self._batch, batch
         position_ids = _unless_default(position_ids, self._position, batch, count)
         mask = None if mask is None or bool(mask.all()) else mask.detach().to("cpu", torch.uint8).expand(batch, count)
@@ -191,6 +203,9 @@ class Session:
             for stream, _ in self._streams.values():
                 stream.expecting = False
         self._position += count
+        self._new_positions = 0
+        for number, place in self._machine.hops.items():
+            self._view.worked(place.peer_id, self._salt, self._streams[number][0].one_way_s)
         self.last_step = self._timing(time.monotonic() - self._step_begun, delivered)
         outputs = [one.hidden_states.to(hidden_states.dtype) for one in delivered]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
@@ -304,6 +319,8 @@ class Session:
         max_age_s = _VIEW_AGE_IN_RECOVERY_S if self._machine.is_recovering else _VIEW_AGE_S
         while True:
             await self._view.refresh(max_age_s=max_age_s)
+            if not self._machine.is_recovering:
+                await self._view.measure_links()
             wish = self._wish()
             legs = self._view.route(start, end, salt=self._salt, wish=wish)
             now = time.monotonic()
@@ -354,7 +371,38 @@ class Session:
 
     def _wish(self) -> Wish:
         waits_for_others = not self._view.line.is_first(self)
-        return Wish(self._batch * self._max_length, waits_for_others, self._too_small)
+        return Wish(self._batch * self._max_length, waits_for_others, self._too_small, self._salt, self._profile())
+
+    def _profile(self) -> Profile:
+        """What is still to be done, once all that was delivered has been told to new servers."""
+        position_bytes = float(_BYTES_PER_NUMBER * self._checkpoint.hidden_size)
+        if self._settings.profile is not None:
+            return replace(PROFILES[self._settings.profile], position_bytes=position_bytes)
+        told = self._position + self._new_positions
+        return Profile(max(1, self._max_length - told), told, max(1, self._batch), position_bytes)
+
+    async def _look_for_a_better_way(self) -> None:
+        """See whether the next step should begin by changing servers; a session at rest does not look."""
+        now = time.monotonic()
+        if now < self._next_reroute or now - self._last_progress > _REROUTE_S:
+            return
+        self._next_reroute = now + _REROUTE_S * random.uniform(0.5, 1.5)
+        await self._view.refresh(max_age_s=_REROUTE_S / 2)
+        wish, route = self._wish(), self.route
+        if self._machine.is_recovering or not route or route[0].start > 0:
+            return
+        if route[-1].end == self._checkpoint.num_blocks:
+            remaining = replace(wish, profile=replace(wish.profile, prompt_positions=0.0))
+            self._better_way = self._view.has_better_way(route, remaining, self._position)
+
+    def _reroute(self) -> None:
+        """Between two steps: leave all servers; the step that begins finds others, and tells them everything."""
+        self._better_way = False
+        if self._machine.is_recovering or not self._machine.hops:
+            return
+        logger.info("there is a much better way than over %s", ", ".join(leg.peer_id for leg in self.route))
+        self.reroutes += 1
+        self._do(self._machine.close())
 
     async def _find_standby(self, wanted: FindStandby) -> None:
         wish = self._wish()
@@ -398,6 +446,7 @@ class Session:
             )
         )
         self._streams[action.hop] = (stream, self._errand(self._keep(action.hop, stream)))
+        self._view.session_opened(place.peer_id, self._salt)
 
     async def _keep(self, hop: int, stream: WatchedStream) -> None:
         def heard(message: Message, tensors: dict[str, torch.Tensor]) -> None:
@@ -430,6 +479,8 @@ class Session:
     def _close(self, hop: int) -> None:
         stream, task = self._streams.pop(hop)
         self._opened.discard(hop)
+        if all(other.peer_id != stream.peer_id for other, _ in self._streams.values()):
+            self._view.session_closed(stream.peer_id, self._salt)
         if task is not asyncio.current_task():
             stream.send(Close())
             task.cancel()
@@ -440,6 +491,7 @@ class Session:
         while True:
             await asyncio.sleep(_LOOK_AFTER_S)
             self._do(self._machine.look_for_standbys())
+            await self._look_for_a_better_way()
             now = time.monotonic()
             if self._awaited and now - max(self._last_progress, self._last_sent_again) > _SEND_AGAIN_S:
                 self._last_sent_again = now

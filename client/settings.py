@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from swarm.protocol.codec import CODECS
+from swarm.routing import PROFILES
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class ClientSettings:
     """Use only these peer ids."""
     blocked_servers: tuple[str, ...] = ()
     """Never use these peer ids."""
+    pinned_servers: tuple[str, ...] = ()
+    """Blocks that any of these peer ids host are given to nobody else; if one cannot be used, that is an error."""
+    profile: str | None = None
+    """What sessions are reckoned to do when a route is chosen: ``"interactive"``, ``"long prompt"``, ``"batch"``,
+    ``"training"``; None: what each session asks for (its length, prompt and number of sequences)."""
     quantization: str | None = None
     """Use only servers whose weights were quantized so (``"int8"``, …); None: only those that were not."""
     any_precision: bool = False
@@ -41,6 +47,13 @@ class ClientSettings:
             raise ValueError(f"redundancy={self.redundancy} is neither 1 nor 2")
         if self.activation_codec is not None and self.activation_codec not in CODECS:
             raise ValueError(f"activation_codec={self.activation_codec!r} is none of {', '.join(CODECS)}")
+        if self.profile is not None and self.profile not in PROFILES:
+            raise ValueError(f"profile={self.profile!r} is none of {', '.join(PROFILES)}")
+        for peer_id in self.pinned_servers:
+            if peer_id in self.blocked_servers:
+                raise ValueError(f"{peer_id} is both pinned and blocked")
+            if self.allowed_servers is not None and peer_id not in self.allowed_servers:
+                raise ValueError(f"{peer_id} is pinned, but not among the allowed servers")
 
     @property
     def patience_for_room_s(self) -> float:

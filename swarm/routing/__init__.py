@@ -1,5 +1,27 @@
-"""Which way a session should go: pure functions over a snapshot of announcements."""
+"""Which way a session should go: pure functions over a snapshot of announcements and of measured links."""
 
-from swarm.routing.route import HostedSpan, Leg, find_route, uncovered_blocks
+from swarm.routing.costs import HOP_S, INTERACTIVE, PROFILES, Profile
+from swarm.routing.failures import FailureMemory, FailurePolicy, Standing
+from swarm.routing.rerouting import ReroutePolicy, worth_rerouting
+from swarm.routing.route import find_route, least_seconds, route_seconds, uncovered_blocks
+from swarm.routing.snapshot import ClientLinks, HostedSpan, Leg, with_estimates
 
-__all__ = ["HostedSpan", "Leg", "find_route", "uncovered_blocks"]
+__all__ = [
+    "HOP_S",
+    "INTERACTIVE",
+    "PROFILES",
+    "ClientLinks",
+    "FailureMemory",
+    "FailurePolicy",
+    "HostedSpan",
+    "Leg",
+    "Profile",
+    "ReroutePolicy",
+    "Standing",
+    "find_route",
+    "least_seconds",
+    "route_seconds",
+    "uncovered_blocks",
+    "with_estimates",
+    "worth_rerouting",
+]

@@ -1,82 +1,232 @@
-"""Find the fastest way through blocks ``[start, end)`` over the spans that servers host."""
+"""Find the way through blocks ``[start, end)`` that takes a session the least time, over the spans servers host."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-HOP_S = 0.005
-"""What a change of server is reckoned to cost, in seconds per step, as long as latencies are not measured."""
-_SLOWEST_BLOCK_S = 1e6
+import numpy as np
+from numpy.typing import NDArray
+
+from swarm.routing.costs import ONE_STEP, LinkSeconds, Profile, Seconds, block_seconds, link_seconds
+from swarm.routing.snapshot import ClientLinks, HostedSpan, Leg
+
+_UNKNOWN_LINKS = ClientLinks()
+_ROUNDING = 1e-12
+_LOAD_TOLERANCE = 0.25
+"""Loads that differ by no more are alike: they are some seconds old, and who takes the least would meet all others."""
+_LEAST_CAPACITY, _MOST_CAPACITY = 1e-6, 1e15
+
+Indices = NDArray[np.intp]
 
 
-@dataclass(frozen=True)
-class HostedSpan:
-    """What routing needs to know of one server."""
+def find_route(
+    spans: Sequence[HostedSpan],
+    start: int,
+    end: int,
+    *,
+    links: ClientLinks = _UNKNOWN_LINKS,
+    profile: Profile = ONE_STEP,
+    pinned: Collection[str] = (),
+    tolerance: float = 0.0,
+    salt: str = "",
+) -> tuple[Leg, ...] | None:
+    """The legs through ``[start, end)`` with the least expected time, or None if a block has no server.
 
-    peer_id: str
-    start: int
-    end: int
-    steps_per_s: float
-    """Decode steps per second through its whole span; 0 if unknown."""
-
-    @property
-    def block_s(self) -> float:
-        """Seconds per step and block; an unknown server is reckoned slow, not impossible."""
-        if not self.steps_per_s > 0:
-            return 1.0
-        return min(1 / (self.steps_per_s * (self.end - self.start)), _SLOWEST_BLOCK_S)  # finite: slow, not impossible
-
-
-@dataclass(frozen=True)
-class Leg:
-    """Blocks ``[start, end)``, to be run by one server."""
-
-    peer_id: str
-    start: int
-    end: int
-
-
-def find_route(spans: Sequence[HostedSpan], start: int, end: int, *, salt: str = "") -> tuple[Leg, ...] | None:
-    """The legs through ``[start, end)`` with the least time per step, or None if a block has no server.
-
-    Dynamic programming from the last block to the first over (block, server); exact in
-    O(blocks × servers). A server may be left before its span ends, and joined after its span begins.
+    Exact: every pair of servers may have a cost of its own, and a server may be left before its span ends, and joined
+    after its span begins. Dynamic programming from the last block to the first over (block, server).
 
     Args:
-        salt: breaks ties between equally fast servers, so that different sessions choose differently.
+        links: the client's measurements.
+        profile: what the session has to do; its time is what is minimized.
+        pinned: peer ids; blocks that any of these hosts are given to nobody else.
+        tolerance: how much dearer (0.05: by 5%) a route may be than the best to be taken as well as that.
+        salt: chooses between routes that are as good, with chances in proportion to what their servers bear, so that
+            different sessions choose differently.
     """
-    ordered = sorted(spans, key=lambda span: hashlib.sha256(f"{salt} {span.peer_id}".encode()).digest())
-    cost_from: list[float] = [math.inf] * (end + 1)  # of the best way from block b to the end, joining anybody
-    cost_from[end] = 0.0
-    best_at: dict[int, HostedSpan] = {}
-    staying: dict[str, float] = {}  # cost from block b on, being at this server already
-    leaves_after: dict[tuple[str, int], bool] = {}
-    for block in range(end - 1, start - 1, -1):
-        staying_here: dict[str, float] = {}
-        for span in ordered:
-            if not span.start <= block < span.end:
-                continue
-            stay, leave = staying.get(span.peer_id, math.inf), cost_from[block + 1]
-            leaves_after[span.peer_id, block] = leave < stay
-            staying_here[span.peer_id] = span.block_s + min(stay, leave)
-            if HOP_S + staying_here[span.peer_id] < cost_from[block]:
-                cost_from[block], best_at[block] = HOP_S + staying_here[span.peer_id], span
-        staying = staying_here
-    if math.isinf(cost_from[start]):
-        return None
-    legs, block = [], start
-    while block < end:
-        peer_id, first = best_at[block].peer_id, block
-        while not leaves_after[peer_id, block]:
-            block += 1
-        block += 1
-        legs.append(Leg(peer_id, first, block))
-    return tuple(legs)
+    ways = _Ways.through(spans, start, end, links, profile, pinned)
+    return ways.walk(tolerance, salt) if ways is not None else None
+
+
+def least_seconds(
+    spans: Sequence[HostedSpan],
+    start: int,
+    end: int,
+    *,
+    links: ClientLinks = _UNKNOWN_LINKS,
+    profile: Profile = ONE_STEP,
+    pinned: Collection[str] = (),
+) -> float:
+    """What the best route is expected to take; infinite if there is none."""
+    ways = _Ways.through(spans, start, end, links, profile, pinned)
+    return ways.least_s if ways is not None else math.inf
+
+
+def route_seconds(
+    route: Sequence[Leg],
+    spans: Sequence[HostedSpan],
+    *,
+    links: ClientLinks = _UNKNOWN_LINKS,
+    profile: Profile = ONE_STEP,
+) -> float:
+    """What a route is expected to take; infinite if one of its servers is not among `spans`, or hosts other blocks."""
+    by_peer = {span.peer_id: span for span in spans}
+    hosts = [by_peer.get(leg.peer_id) for leg in route]
+    used = [
+        host
+        for host, leg in zip(hosts, route, strict=True)
+        if host is not None and host.start <= leg.start and leg.end <= host.end
+    ]
+    if len(used) < len(route) or not route:
+        return math.inf
+    unique = list({span.peer_id: span for span in used}.values())
+    index = {span.peer_id: number for number, span in enumerate(unique)}
+    cost, order = link_seconds(unique, links, profile), [index[span.peer_id] for span in used]
+    seconds = cost.arriving[order[0]] + cost.leaving[order[-1]]
+    seconds += sum(cost.between[one, two] for one, two in itertools.pairwise(order))
+    return float(
+        seconds
+        + sum((leg.end - leg.start) * block_seconds(span, profile) for leg, span in zip(route, used, strict=True))
+    )
 
 
 def uncovered_blocks(spans: Sequence[HostedSpan], start: int, end: int) -> list[int]:
     """The blocks of ``[start, end)`` that no span hosts."""
     return [block for block in range(start, end) if not any(span.start <= block < span.end for span in spans)]
+
+
+@dataclass(frozen=True)
+class _Ways:
+    """The time of the best way from every block on every server to the end."""
+
+    start: int
+    spans: Sequence[HostedSpan]
+    cost: LinkSeconds
+    block_s: Seconds
+    hosts: Sequence[Indices]
+    """Of each block."""
+    onward: Sequence[Seconds]
+    """For each block and each of its hosts: the least time from there, this block included."""
+
+    @classmethod
+    def through(
+        cls,
+        spans: Sequence[HostedSpan],
+        start: int,
+        end: int,
+        links: ClientLinks,
+        profile: Profile,
+        pinned: Collection[str],
+    ) -> _Ways | None:
+        used = sorted((span for span in spans if span.start < end and start < span.end), key=lambda one: one.peer_id)
+        starts, ends = np.array([span.start for span in used]), np.array([span.end for span in used])
+        is_pinned = np.array([span.peer_id in pinned for span in used], dtype=bool)
+        hosts: list[Indices] = []
+        for block in range(start, end):
+            hosting = (starts <= block) & (block < ends)
+            preferred = hosting & is_pinned
+            hosts.append(np.flatnonzero(preferred if preferred.any() else hosting))
+            if not hosts[-1].size:
+                return None
+        cost = link_seconds(used, links, profile)
+        block_s = np.array([block_seconds(span, profile) for span in used], dtype=np.float64)
+        onward: list[Seconds] = [block_s[hosts[-1]] + cost.leaving[hosts[-1]]]
+        arrival_s = _least_off_diagonal(cost.between)
+        for here, there in zip(hosts[-2::-1], hosts[:0:-1], strict=True):
+            onward.append(block_s[here] + _least(cost.between, arrival_s, here, there, onward[-1]))
+        return cls(start, used, cost, block_s, hosts, onward[::-1])
+
+    @property
+    def least_s(self) -> float:
+        return float((self.cost.arriving[self.hosts[0]] + self.onward[0]).min())
+
+    def walk(self, tolerance: float, salt: str) -> tuple[Leg, ...]:
+        """A way that takes at most so much longer than the best; the choice between servers is the salt's.
+
+        It changes servers where a best way does: what is within the tolerance is not spent on further changes.
+        """
+        limit = self.least_s * (1 + tolerance + _ROUNDING)
+        servers, bounds = self._best(self.least_s * (1 + _ROUNDING), salt)
+        spent = self._seconds(servers, bounds)
+        for leg in range(len(servers) if tolerance > 0 else 0):
+            able = functools.reduce(np.intersect1d, self.hosts[bounds[leg] : bounds[leg + 1]])
+            good = {servers[leg]: spent}
+            for server in set(able.tolist()) - set(servers[max(0, leg - 1) : leg + 2]):
+                seconds = self._seconds([*servers[:leg], server, *servers[leg + 1 :]], bounds)
+                if seconds <= limit:
+                    good[server] = seconds
+            servers[leg] = self._choose(list(good), salt)
+            spent = good[servers[leg]]
+        return tuple(
+            Leg(self.spans[server].peer_id, self.start + begin, self.start + end)
+            for server, begin, end in zip(servers, bounds, bounds[1:], strict=False)
+        )
+
+    def _best(self, limit: float, salt: str) -> tuple[list[int], list[int]]:
+        """The servers of a best way, and the blocks (from 0) at which their legs begin, and the end."""
+        servers, bounds, spent = list[int](), list[int](), 0.0
+        for number, (there, onward) in enumerate(zip(self.hosts, self.onward, strict=True)):
+            ways = (self.cost.between[servers[-1]] if servers else self.cost.arriving)[there]
+            seconds = ways + onward
+            staying = np.flatnonzero(there == servers[-1]) if servers else np.empty(0, dtype=np.intp)
+            if not (staying.size and seconds[staying[0]] <= seconds.min()):
+                good = np.flatnonzero((spent + seconds <= limit) | (seconds == seconds.min()))
+                chosen = self._choose(there[good].tolist(), salt)
+                spent += float(ways[there == chosen][0])
+                if not servers or chosen != servers[-1]:
+                    servers.append(chosen)
+                    bounds.append(number)
+            spent += float(self.block_s[servers[-1]])
+        return servers, [*bounds, len(self.hosts)]
+
+    def _seconds(self, servers: Sequence[int], bounds: Sequence[int]) -> float:
+        links = self.cost.arriving[servers[0]] + self.cost.leaving[servers[-1]]
+        links += sum(self.cost.between[one, two] for one, two in itertools.pairwise(servers))
+        blocks = (end - begin for begin, end in itertools.pairwise(bounds))
+        return float(links + sum(self.block_s[server] * length for server, length in zip(servers, blocks, strict=True)))
+
+    def _choose(self, servers: Sequence[int], salt: str) -> int:
+        """One of servers that are as good: of those that bear least for what they can, any in proportion to that."""
+        bears = [min(max(self.spans[one].capacity, _LEAST_CAPACITY), _MOST_CAPACITY) for one in servers]
+        loads = [self.spans[one].sessions / most for one, most in zip(servers, bears, strict=True)]
+        limit = min(loads) * (1 + _LOAD_TOLERANCE)
+        tickets = [
+            (self._draw(one, salt) / most, self.spans[one].peer_id, one)
+            for one, most, load in zip(servers, bears, loads, strict=True)
+            if load <= limit
+        ]
+        return min(tickets)[-1]
+
+    def _draw(self, server: int, salt: str) -> float:
+        """An exponential variate: the first of some such arrivals is each with a chance in proportion to its rate."""
+        digest = hashlib.sha256(f"{salt} {self.spans[server].peer_id}".encode()).digest()
+        return -math.log((int.from_bytes(digest[:7]) + 0.5) / 2**56)
+
+
+def _least(between: Seconds, arrival_s: Seconds, here: Indices, there: Indices, onward: Seconds) -> Seconds:
+    """For each server of `here` the least of what the ways over each of `there` take, ``[len(here)]``.
+
+    Each can stay, if it is there, or go to the best. Only those of `there` are looked at in pairs that could be better
+    than that for anyone: few, unless links differ more than servers.
+    """
+    staying = np.full(len(between), np.inf)
+    staying[there] = onward
+    best = int(onward.argmin())
+    at_most = np.minimum(staying[here], between[here, there[best]] + onward[best])
+    good = arrival_s[there] + onward < at_most.max()
+    if not good.any():
+        return at_most
+    seconds: Seconds = (between[here[:, None], there[good][None, :]] + onward[good][None, :]).min(axis=1)
+    return np.minimum(at_most, seconds)
+
+
+def _least_off_diagonal(between: Seconds) -> Seconds:
+    """The least that going to each server takes, from any other, ``[n]``."""
+    others = between.copy()
+    np.fill_diagonal(others, np.inf)
+    least: Seconds = others.min(axis=0)
+    return least
