@@ -138,7 +138,7 @@ def test_a_slow_server_with_much_memory_hosts_everything_only_while_it_is_needed
     assert choose_span([], 8, slow) == (0, 8)
     fast = [Hosting("a", 0, 8, 10.0), Hosting("b", 0, 8, 10.0)]
     start, end = choose_span(fast, 8, slow)
-    assert end - start == 1  # 8 steps/s where it is; all eight blocks would make it a way of 1 step/s
+    assert end - start == 3  # 2.7 steps/s, not 1; and three such spans are more than enough for the model
 
 
 def test_a_fast_server_with_little_memory_hosts_what_fits() -> None:
@@ -151,3 +151,9 @@ def test_a_fast_server_with_little_memory_hosts_what_fits() -> None:
 def test_a_server_without_blocks_is_no_server(length: int) -> None:
     with pytest.raises(ValueError, match="at least one block"):
         choose_span([], 4, Capacity(4, 1.0), blocks=length)
+
+
+def test_spans_tile_the_model() -> None:
+    start, end = choose_span([], 80, Capacity(max_blocks=23, block_steps_per_s=100.0))
+    assert (start, end) == (0, 20)
+    assert choose_span([], 80, Capacity(max_blocks=200)) == (0, 80)

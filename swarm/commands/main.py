@@ -15,6 +15,7 @@ _COMMANDS = {
     "chat": "talk to a model on a swarm",
     "status": "which blocks of a model are hosted, and by whom",
     "bootstrap": "run a peer through which others find each other",
+    "simulate": "what becomes of a swarm of so many servers, and how evenly they share the work",
     "digest": "show or write the checksums of a model's weights",
 }
 

@@ -13,7 +13,7 @@ from swarm.placement.hosting import Hosting, Span
 
 UNKNOWN_STEPS_PER_S = 1e-3
 """A server that does not know its speed counts as slow, not as nothing."""
-_SHARPNESS = 12
+_SHARPNESS = 30
 """Of the soft minimum: the higher, the less blocks beside the slowest count."""
 
 _NEXT_TO_NOTHING = 1e-9
@@ -101,6 +101,11 @@ class Coverage:
         covered = self.servers > 0
         bottleneck = _soft_minimum(self.steps_per_s[covered]) if covered.any() else 0.0
         return Quality(-int((~covered).sum()), -int((self.servers < 2).sum()), bottleneck)
+
+    def usual_steps_per_s(self) -> float:
+        """What a server does, on average over the blocks that have one."""
+        covered = self.servers > 0
+        return float((self.steps_per_s[covered] / self.servers[covered]).mean()) if covered.any() else 0.0
 
     def share_of_bound(self) -> float:
         """The slowest block's speed over the mean, which no placement of the same spans can exceed."""

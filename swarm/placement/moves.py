@@ -34,8 +34,9 @@ class MovePolicy:
     """For so long a better placement is expected to stay better."""
     margin: float = 2.0
     """A move must win so many times the steps that are lost while the server is away."""
-    least_gain: float = 0.25
-    """It must raise the bottleneck by this share of what one such server adds to the mean block, at least."""
+    least_gain: float = 0.5
+    """It must raise the bottleneck by this share of what such a span adds to the mean block, at least; that of a slow
+    server by this share of what it would add if the server were as fast as others."""
     at_once: float = 0.05
     """So many of all servers may be moving at the same time; one at least."""
 
@@ -182,10 +183,8 @@ def _is_worth_it(
 ) -> bool:
     gain = there.bottleneck - stay.bottleneck
     lost = max(stay.bottleneck - without.bottleneck, 0.0) * policy.away_s
-    return (
-        gain * policy.horizon_s >= policy.margin * lost
-        and gain >= policy.least_gain * me.steps_per_s * me.length / coverage.num_blocks
-    )
+    adds = max(me.steps_per_s, coverage.usual_steps_per_s()) * me.length / coverage.num_blocks
+    return gain >= policy.least_gain * adds and gain * policy.horizon_s >= policy.margin * lost
 
 
 def _order(move: Move) -> tuple[float, float, bytes]:
