@@ -9,7 +9,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from swarm.dht import Announcement, Directory, MoveClaims, State
-from swarm.placement import Capacity, Hosting, Move, choose_span, may_move, settle, wanted_move
+from swarm.placement import Capacity, Hosting, Move, choose_span, goes_before, may_move, settle, wanted_move
 from swarm.server.preparation import Prepared
 from swarm.server.presence import Presence
 from swarm.server.settings import ServerSettings
@@ -90,13 +90,15 @@ class Rebalancing:
         if again is None or again.new != move.new:
             logger.info("not any more")
             return None
-        before = [claim for claim in under_way(claims, everybody) if claim.peer_id != self._peer_id]
-        if not may_move(again, before, hostings(everybody), self._num_blocks, self._settings.move_policy):
+        under_way_now = [one for one in under_way(claims, everybody) if one.peer_id != self._peer_id]
+        if not may_move(again, under_way_now, hostings(everybody), self._num_blocks, self._settings.move_policy):
             logger.info("others move first")
             return None
-        moving = {claim.peer_id for claim in before}
-        staying = [one for one in everybody if one.peer_id not in moving]
-        return again if leaves_enough(again, staying, self._num_blocks) else None
+        going = {one.peer_id for one in under_way_now if goes_before(one, again)}
+        if not leaves_enough(again, [one for one in everybody if one.peer_id not in going], self._num_blocks):
+            logger.info("it is needed where it is until others have moved")
+            return None
+        return again
 
     def _wanted(self, everybody: list[Announcement]) -> Move | None:
         found = {one.peer_id: one for one in hostings(everybody)}
