@@ -41,7 +41,7 @@ def serving(swarm: LocalSwarm) -> LocalSwarm:
     return swarm
 
 
-@pytest.mark.parametrize("command", ["", "demo", "generate", "chat", "status", "bootstrap", "digest"])
+@pytest.mark.parametrize("command", ["", "demo", "generate", "chat", "status", "bootstrap", "simulate", "digest"])
 def test_help_explains(command: str) -> None:
     result = run(*command.split(), "--help")
     assert result.returncode == 0
@@ -187,11 +187,37 @@ def test_status_shows_blocks_and_servers(serving: LocalSwarm) -> None:
     assert "Complete: every block has 1 or more servers" in result.stderr
 
 
+def test_watching_shows_a_server_that_comes_and_one_that_dies_and_ends_with_ctrl_c(
+    swarm: LocalSwarm, tiny: str
+) -> None:
+    first = swarm.start_server(tiny, "--blocks", "0:4")
+    watching = subprocess.Popen(
+        [sys.executable, "-m", "swarm.commands.main", "status", tiny, "--watch", "--every", "0.5", "--json"]
+        + ["--initial-peers", *swarm.initial_peers],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=obey_ctrl_c,
+    )
+    assert watching.stdout is not None
+    looks = (json.loads(line) for line in watching.stdout)
+    assert next(looks)["redundancy"] == [1, 1, 1, 1]
+    second = swarm.start_server(tiny, "--blocks", "2:4")
+    come = next(look for look in looks if look["redundancy"] == [1, 1, 2, 2])
+    assert len(come["servers"]) == 2
+    first.process.kill()
+    gone = next(look for look in looks if look["redundancy"] == [0, 0, 1, 1])
+    assert gone["changes"] == [f"{first.peer_id[:8]}…{first.peer_id[-4:]} is gone: blocks 0–3"]
+    assert gone["moves_seen"] == 0
+    watching.send_signal(signal.SIGINT)
+    assert watching.wait(timeout=20) == 0
+    second.process.kill()
+
+
 def test_status_of_a_model_that_nobody_hosts_says_so(serving: LocalSwarm, tmp_path_factory: Any) -> None:
     from tiny_models import save_tiny_model
 
     directory = tmp_path_factory.mktemp("lonely")
-    save_tiny_model("llama", directory)
+    save_tiny_model("mistral", directory)
     result = run("status", str(directory), "--initial-peers", *serving.initial_peers)
     assert result.returncode == 3
     assert "INCOMPLETE: no server is online for 4 of 4 blocks: 0–3" in result.stdout

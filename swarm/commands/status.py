@@ -1,134 +1,134 @@
-"""``swarm status MODEL``: a table of blocks and servers."""
+"""``swarm status MODEL``: a table of blocks and servers, once or for as long as one watches."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import time
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from swarm.commands.output import Output
-from swarm.commands.speeds import megabits, milliseconds
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
+    from swarm.client import Network
     from swarm.dht import Announcement
 
-_BATCHES = (4, 16)
-"""The numbers of sessions for which speeds are shown, besides one."""
+_SHOWN_CHANGES = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``swarm status``."""
     parser.add_argument("model", help="alias (smollm2), directory, .gguf file, or Hugging Face Hub id")
     parser.add_argument("--initial-peers", nargs="+", required=True, metavar="ADDRESS", help="peers to join through")
+    parser.add_argument(
+        "--watch", action="store_true", help="go on looking: coverage, redundancy and moves, live, until Ctrl-C"
+    )
+    parser.add_argument("--every", type=float, default=2.0, metavar="S", help="with --watch: seconds between looks (2)")
 
 
 def run(options: argparse.Namespace, output: Output) -> int:
-    """Print the table; the code is 0 if every block has a server that is online, else 3."""
+    """Print the table; the code is 0 if every block has a server that is online, else 3. Watching ends with 0."""
     from swarm.models import open_checkpoint
 
+    if not options.every >= 0.1:
+        raise ValueError("--every must be at least 0.1 seconds")
     checkpoint = open_checkpoint(options.model)
-    servers = asyncio.run(_look_up(checkpoint.model_digest, options.initial_peers))
-    servers.sort(key=lambda server: (server.start, server.end, server.peer_id))
-    redundancy = [
-        sum(server.hosts(block) for server in servers if server.state == "online")
-        for block in range(checkpoint.num_blocks)
-    ]
-    _print_table(options.model, checkpoint.num_blocks, servers, redundancy, output)
-    output.event(
-        model=checkpoint.model_digest,
-        num_blocks=checkpoint.num_blocks,
-        complete=min(redundancy) > 0,
-        redundancy=redundancy,
-        servers=[server.model_dump(mode="json") for server in servers],
-    )
+    if options.watch:
+        try:
+            asyncio.run(_watch(options, checkpoint.model_digest, checkpoint.num_blocks, output))
+        except KeyboardInterrupt:
+            return 0
+    servers = asyncio.run(_look_once(checkpoint.model_digest, options.initial_peers))
+    return _show_once(options.model, checkpoint.model_digest, checkpoint.num_blocks, servers, output)
+
+
+async def _look_once(model_digest: str, initial_peers: Sequence[str]) -> list[Announcement]:
+    async with _joined(initial_peers) as network:
+        return _in_order(await network.servers(model_digest))
+
+
+def _show_once(model: str, digest: str, num_blocks: int, servers: list[Announcement], output: Output) -> int:
+    from rich.console import Console
+
+    from swarm.commands.swarm_picture import server_table, servers_of_blocks, speed_table, verdict
+
+    redundancy = servers_of_blocks(servers, num_blocks)
+    console = Console(stderr=output.json, width=None)
+    if servers:
+        console.print(server_table(f"{model}: {num_blocks} blocks", servers, num_blocks))
+    if any(server.decode_steps_per_s for server in servers):
+        console.print(speed_table(servers))
+    output.say(verdict(redundancy))
+    output.event(**_facts(digest, servers, redundancy))
     return 0 if min(redundancy) > 0 else 3
 
 
-async def _look_up(model_digest: str, initial_peers: list[str]) -> list[Announcement]:
+async def _watch(options: argparse.Namespace, digest: str, num_blocks: int, output: Output) -> None:
+    """Look again and again: a picture that changes in a terminal; elsewhere a line for every change."""
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.text import Text
+
+    from swarm.commands.swarm_picture import (
+        changes,
+        coverage_strip,
+        moves_between,
+        server_table,
+        servers_of_blocks,
+        verdict,
+    )
+
+    console = Console(stderr=output.json)
+    recent: deque[str] = deque(maxlen=_SHOWN_CHANGES)
+    before: list[Announcement] | None = None
+    moves, said = 0, ""
+    title = f"{options.model}: {num_blocks} blocks"
+    async with _joined(options.initial_peers) as network:
+        with Live(console=console, auto_refresh=False, transient=False) as live:
+            while True:
+                servers = _in_order(await network.servers(digest))
+                redundancy, happened = servers_of_blocks(servers, num_blocks), []
+                if before is not None:
+                    happened, moves = changes(before, servers), moves + moves_between(before, servers)
+                before = servers
+                clock = time.strftime("%H:%M:%S")
+                recent.extend(f"{clock}  {line}" for line in happened)
+                if output.json:
+                    output.event(**_facts(digest, servers, redundancy), moves_seen=moves, changes=happened)
+                elif console.is_terminal:
+                    summary = Text(f"{verdict(redundancy)} Moves seen: {moves}.")
+                    parts = [server_table(title, servers, num_blocks), coverage_strip(redundancy), summary]
+                    live.update(Group(*parts, Text("\n".join(recent), style="dim")), refresh=True)
+                else:
+                    for line in (*happened, *([verdict(redundancy)] if verdict(redundancy) != said else [])):
+                        output.say(f"{clock}  {line}")
+                    said = verdict(redundancy)
+                await asyncio.sleep(options.every)
+
+
+def _facts(digest: str, servers: Sequence[Announcement], redundancy: Sequence[int]) -> dict[str, object]:
+    return {
+        "model": digest,
+        "num_blocks": len(redundancy),
+        "complete": min(redundancy) > 0,
+        "redundancy": list(redundancy),
+        "servers": [server.model_dump(mode="json") for server in servers],
+    }
+
+
+@asynccontextmanager
+async def _joined(initial_peers: Sequence[str]) -> AsyncIterator[Network]:
     from swarm.client import ClientSettings, Network
 
     network = await Network.join(ClientSettings(initial_peers=tuple(initial_peers)))
     try:
-        return await network.servers(model_digest)
+        yield network
     finally:
         await network.leave()
 
 
-def _print_table(
-    model: str, num_blocks: int, servers: list[Announcement], redundancy: list[int], output: Output
-) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{model}: {num_blocks} blocks", title_justify="left")
-    for name in ("server", "blocks", "", "state", "steps/s", "free KV", "sessions", "precision", "seen"):
-        table.add_column(name, justify="right" if name in ("steps/s", "free KV", "sessions", "seen") else "left")
-    for server in servers:
-        table.add_row(
-            _name(server),
-            f"{server.start}–{server.end - 1}",
-            _bar(server.start, server.end, num_blocks),
-            server.state.value,
-            f"{server.throughput:.1f}",
-            f"{server.free_kv_tokens:,}",
-            str(server.sessions),
-            server.precision,
-            f"{max(0.0, time.time() - server.issued_at):.0f} s ago",
-        )
-    console = Console(stderr=output.json, width=None)
-    if servers:
-        console.print(table)
-    if any(server.decode_steps_per_s for server in servers):
-        console.print(_speed_table(servers))
-    missing = [block for block, count in enumerate(redundancy) if count == 0]
-    if missing:
-        output.say(f"INCOMPLETE: no server is online for {len(missing)} of {num_blocks} blocks: {_spans(missing)}")
-    else:
-        output.say(f"Complete: every block has {min(redundancy)} or more servers.")
-
-
-def _speed_table(servers: list[Announcement]) -> Table:
-    """How fast each server is by its own measurement, one row each; nothing where it does not say."""
-    from rich.table import Table
-
-    table = Table(title="As each server measured itself: steps/s by sessions at once, network", title_justify="left")
-    table.add_column("server")
-    for name in ("1 session", *(f"{batch} sessions" for batch in _BATCHES), "prompt tokens/s"):
-        table.add_column(name, justify="right")
-    for name in ("nearest", "sends", "receives"):
-        table.add_column(name, justify="right")
-    for server in servers:
-        decode = server.decode_steps_per_s
-        table.add_row(
-            _name(server),
-            f"{server.throughput:.1f}",
-            *(f"{decode[batch]:.1f}" if batch in decode else "" for batch in _BATCHES),
-            f"{server.prefill_tokens_per_s:.0f}" if server.prefill_tokens_per_s is not None else "",
-            milliseconds(min(server.rtts_s.values())) if server.rtts_s else "",
-            megabits(server.upload_bytes_per_s) if server.upload_bytes_per_s is not None else "",
-            megabits(server.download_bytes_per_s) if server.download_bytes_per_s is not None else "",
-        )
-    return table
-
-
-def _name(server: Announcement) -> str:
-    return server.public_name or f"{server.peer_id[:8]}…{server.peer_id[-4:]}"
-
-
-def _bar(start: int, end: int, num_blocks: int, width: int = 24) -> str:
-    """A picture of a span within the model."""
-    return "".join(
-        "█" if start < (cell + 1) * num_blocks / width and end > cell * num_blocks / width else "·"
-        for cell in range(width)
-    )
-
-
-def _spans(blocks: list[int]) -> str:
-    firsts = [block for block in blocks if block - 1 not in blocks]
-    lasts = [block for block in blocks if block + 1 not in blocks]
-    return ", ".join(
-        str(first) if first == last else f"{first}–{last}" for first, last in zip(firsts, lasts, strict=True)
-    )
+def _in_order(servers: Sequence[Announcement]) -> list[Announcement]:
+    return sorted(servers, key=lambda server: (server.start, server.end, server.peer_id))
