@@ -44,8 +44,8 @@ from swarm.models import Checkpoint, Span, load_span, open_checkpoint
 from swarm.models.kv_size import kv_bytes_per_position
 from swarm.models.local import load_whole_model
 from swarm.models.weight_layout import huge_page_memory, lay_out_span
-from swarm.server.lifecycle import prepare
 from swarm.server.plan import PROCESS_BYTES, WORKING_BYTES, MemoryPlan
+from swarm.server.preparation import prepare
 from swarm.server.settings import ServerSettings
 
 _MIB = 1024**2

@@ -2,5 +2,6 @@
 
 from swarm.dht.announcement import LEASE_S, RENEWAL_S, Announcement, State, precision_name
 from swarm.dht.directory import Directory
+from swarm.dht.move_claims import MoveClaims
 
-__all__ = ["LEASE_S", "RENEWAL_S", "Announcement", "Directory", "State", "precision_name"]
+__all__ = ["LEASE_S", "RENEWAL_S", "Announcement", "Directory", "MoveClaims", "State", "precision_name"]

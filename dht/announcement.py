@@ -79,6 +79,10 @@ class Announcement(BaseModel):
     free_kv_tokens: int = Field(ge=0)
     """Positions of KV cache, on the whole span, that are not taken."""
     sessions: int = Field(default=0, ge=0)
+    moves: int = Field(default=0, ge=0, le=1_000_000_000)
+    """How often it has moved to other blocks since it joined."""
+    tentative: bool = False
+    """It has just come and looks around: it may still choose other blocks."""
     addresses: tuple[str, ...] = Field(default=(), max_length=8)
     version: str = Field(max_length=32)
     public_name: str = Field(default="", max_length=64)

@@ -1,18 +1,21 @@
-"""Sign announcements, and let no record into the DHT, nor out of it, that is not one.
+"""Sign announcements and claims, and let no record into the DHT, nor out of it, that is neither.
 
 hivemind calls :class:`AnnouncementValidator` on every node when a record is to be stored, and on the reader
 when one comes back. A record is valid if it is small, signed by the key from which the peer id in its subkey
-is derived, stored under the key of the model it speaks of, expires within a lease, and fits the schema.
+is derived, stored under the key of the model it speaks of, expires within a lease, and fits the schema that belongs to
+that key.
 """
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 
 import msgpack
 
 from swarm.dht.announcement import CLOCK_SLACK_S, LEASE_S, MAX_RECORD_BYTES, Announcement, directory_key
+from swarm.dht.move_claim import MoveClaim, moves_key
 from swarm.transport.identity import Identity, verify
 from swarm.transport.lean_hivemind import DHTID, DHTRecord, RecordValidatorBase
 
@@ -61,11 +64,29 @@ def _is_authentic(record: DHTRecord) -> bool:
         value, signature = _split(record.value)
         if not isinstance(peer_id, str) or not verify(peer_id, _signed_bytes(record, value), signature):
             return False
-        announcement = Announcement.unpack(msgpack.unpackb(value))
+        packed = msgpack.unpackb(value)
     except (ValueError, TypeError, msgpack.UnpackException):
         return False
-    right_key = DHTID.generate(source=directory_key(announcement.model)).to_bytes()
-    return bool(announcement.peer_id == peer_id and record.key == right_key)
+    return any(_speaks_of(kind, key, packed, peer_id, record.key) for kind, key in _KINDS)
+
+
+_KINDS: tuple[tuple[type[Announcement | MoveClaim], Callable[[str], str]], ...] = (
+    (Announcement, directory_key),
+    (MoveClaim, moves_key),
+)
+"""Every type of record, and the key under which those of a model are."""
+
+
+def _speaks_of(
+    kind: type[Announcement | MoveClaim], key_of: Callable[[str], str], packed: bytes, peer_id: str, key: bytes
+) -> bool:
+    """Whether `packed` is of this kind, and in its owner's place."""
+    try:
+        said = kind.unpack(packed)
+    except (ValueError, TypeError):
+        return False
+    right_key: bytes = DHTID.generate(source=key_of(said.model)).to_bytes()
+    return said.peer_id == peer_id and key == right_key
 
 
 def _signed_bytes(record: DHTRecord, value: bytes) -> bytes:

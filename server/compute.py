@@ -85,6 +85,11 @@ class ComputeThread:
             self._jobs.clear()
             self._changed.notify()
 
+    async def ended(self, within_s: float) -> bool:
+        """After :meth:`stop`: wait for the work at hand, but no longer than this; whether it has ended."""
+        await asyncio.to_thread(self._thread.join, within_s)
+        return not self._thread.is_alive()
+
     def _work(self) -> None:
         if self._threads is not None:
             torch.set_num_threads(self._threads)

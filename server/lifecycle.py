@@ -1,119 +1,38 @@
-"""A server's life: plan, join, load, serve, drain, leave."""
+"""A server's life: join, load, serve, move, drain, leave."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Mapping
 
-import torch
-import transformers
-from tqdm import tqdm
+from torch import nn
 
-from swarm import __version__
-from swarm.dht import RENEWAL_S, Announcement, Directory, State, precision_name
+from swarm.dht import Announcement, Directory, State
 from swarm.errors import PeerError, SwarmError
-from swarm.models import Checkpoint, Span, load_span, open_checkpoint
-from swarm.models.kv_size import kv_bytes_per_position
-from swarm.models.offload import WINDOW_BLOCKS
-from swarm.models.paged_cache import PagePool
-from swarm.models.pages import pages_for
-from swarm.models.quantization import SCHEMES, SCHEMES_FOR_FILES, SCHEMES_ON, bytes_per_weight
-from swarm.models.together import Together, prepare_span
-from swarm.placement import Capacity, Hosting, choose_span
+from swarm.placement import Move
 from swarm.protocol.messages import LINK_PROTOCOL, STREAM_PROTOCOL
-from swarm.protocol.tensors import dtype_name
 from swarm.server.compute import ComputeThread
-from swarm.server.machine import allowed_memory, choose_device, device_name, usable_cores
+from swarm.server.hosted_span import HostedSpan, free_memory, load_hosted_span
 from swarm.server.neighbours import NetworkSpeed
 from swarm.server.network_speed import NetworkMeasurement
-from swarm.server.plan import MemoryPlan, make_plan
-from swarm.server.resident_memory import give_memory_back, memory_given_back, share_one_heap
-from swarm.server.sessions import SessionTable
+from swarm.server.preparation import Prepared
+from swarm.server.presence import Presence
+from swarm.server.rebalancing import Rebalancing
+from swarm.server.resident_memory import share_one_heap
 from swarm.server.settings import ServerSettings
 from swarm.server.streams import StreamServer
-from swarm.server.throughput import ComputeSpeed, measure_compute
-from swarm.server.throughput_cache import MeasuredOn, remember_speed, remembered_speed
 from swarm.transport.identity import Identity
 from swarm.transport.measuring import MEASURE_PROTOCOL, MeasuringServer
 from swarm.transport.node import Node
 
 logger = logging.getLogger(__name__)
 
-_DIGEST_DIGITS = 16
-_KEPT_COPIES = 2
-"""Of every position's activations: in the session's history, and beside a page that is remembered."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What a server knows before it joins: checkpoint, device, precision, plan."""
-
-    checkpoint: Checkpoint
-    device: torch.device
-    dtype: torch.dtype
-    plan: MemoryPlan
-
-
-def prepare(settings: ServerSettings) -> Prepared:
-    """Open the checkpoint and plan the memory; nothing is loaded and nobody is contacted.
-
-    Raises:
-        ModelError, InsufficientMemory: as they say.
-        ValueError: the settings contradict the model or the machine.
-    """
-    checkpoint = open_checkpoint(
-        settings.model, revision=settings.revision, allow_untested=settings.allow_untested_family
-    )
-    if settings.blocks is not None and not 0 <= settings.blocks[0] < settings.blocks[1] <= checkpoint.num_blocks:
-        start, end = settings.blocks
-        raise ValueError(
-            f"{settings.model} has blocks 0 to {checkpoint.num_blocks - 1}, so --blocks {start}:{end} is not a span "
-            f"of it (the whole model is 0:{checkpoint.num_blocks})"
-        )
-    if settings.num_blocks is not None and not 1 <= settings.num_blocks <= checkpoint.num_blocks:
-        raise ValueError(f"--num-blocks must be between 1 and {checkpoint.num_blocks}, the blocks of {settings.model}")
-    device = choose_device(settings.device)
-    dtype = settings.dtype or checkpoint.default_dtype
-    memory_bytes, memory_from = allowed_memory(device, settings.memory_bytes)
-    if settings.quantization is not None:
-        _check_quantization(settings.quantization, checkpoint, device, offload=settings.offload)
-    plan = make_plan(
-        [_block_bytes(checkpoint, block, settings.quantization, dtype) for block in range(checkpoint.num_blocks)],
-        kv_bytes_per_position(checkpoint.config, dtype),
-        memory_bytes,
-        memory_from,
-        blocks=settings.blocks,
-        num_blocks=settings.num_blocks,
-        kv_tokens=settings.kv_tokens,
-        kept_bytes_per_position=_KEPT_COPIES * checkpoint.hidden_size * dtype.itemsize if device.type == "cpu" else 0,
-        window_blocks=WINDOW_BLOCKS if settings.offload else 0,
-    )
-    return Prepared(checkpoint, device, dtype, plan)
-
-
-def _check_quantization(scheme: str, checkpoint: Checkpoint, device: torch.device, *, offload: bool) -> None:
-    if scheme not in SCHEMES:
-        raise ValueError(f"--quantize {scheme} is none of {', '.join(SCHEMES)}")
-    here = SCHEMES_ON.get(device.type, ())
-    if scheme not in here:
-        instead = f"on {device} there is {' and '.join(here)}" if here else f"leave it out on {device}"
-        raise ValueError(f"--quantize {scheme} is not for this device: {instead}")
-    if offload and scheme not in SCHEMES_FOR_FILES:
-        raise ValueError(f"--quantize {scheme} and --offload do not go together; {SCHEMES_FOR_FILES[0]} and it do")
-    if any("expert" in name for block in range(checkpoint.num_blocks) for name in checkpoint.tensor_names(block)):
-        raise ValueError(f"{checkpoint.name} has experts, which cannot be quantized yet; leave --quantize out")
-
-
-def _block_bytes(checkpoint: Checkpoint, block: int, quantization: str | None, dtype: torch.dtype) -> int:
-    """What a block's weights occupy once they are loaded."""
-    entries = [checkpoint.files.entries[name] for name in checkpoint.tensor_names(block)]
-    each = [
-        bytes_per_weight(quantization if len(entry.shape) == 2 else None, dtype) * entry.elements for entry in entries
-    ]
-    return int(sum(each))
+_LAST_WORK_S = 10.0
+"""A server that leaves waits so long for what it computes, or loads, to end."""
+_RELOAD_FAILURES = (SwarmError, OSError, MemoryError, RuntimeError)
+"""torch reports that memory is exhausted as a RuntimeError."""
 
 
 class Server:
@@ -124,14 +43,8 @@ class Server:
         share_one_heap()
         self._compute = ComputeThread(settings.threads)
         self._leave = asyncio.Event()
-        self._renew = asyncio.Event()
-        self._state = State.JOINING
-        self._table: SessionTable | None = None
-        self._compute_speed: ComputeSpeed | None = None
-        self._network_speed = NetworkSpeed()
-        self._together: Together | None = None
-        self._span_bounds = (0, 0)
-        self._block_digests: tuple[str, ...] = ()
+        self._hosted: HostedSpan | None = None
+        self._abandoned = threading.Event()
 
     def leave(self) -> None:
         """Begin to drain; :meth:`run` returns when that is done."""
@@ -141,12 +54,14 @@ class Server:
         self,
         on_ready: Callable[[Announcement], None] = lambda _: None,
         on_network: Callable[[NetworkSpeed], None] = lambda _: None,
+        on_move: Callable[[Announcement, Move], None] = lambda _, __: None,
     ) -> None:
         """Join the swarm, load, serve until :meth:`leave`, drain and leave.
 
         Args:
             on_ready: called with the first announcement in which the server is online.
             on_network: called whenever the ways to other servers have been measured.
+            on_move: called when the server has moved to other blocks, with the announcement that says so.
 
         Raises:
             BootstrapFailed, PortTaken, PeerError: the swarm cannot be joined.
@@ -163,194 +78,192 @@ class Server:
         try:
             directory = await Directory.join(node, settings.initial_peers)
             try:
-                self._span_bounds = await self._choose_blocks(directory)
-                await self._serve(node, directory, prepared.checkpoint, on_ready, on_network)
+                presence = Presence(settings, prepared, node, directory)
+                await self._serve(node, directory, presence, on_ready, on_network, on_move)
             finally:
                 await directory.leave()
         finally:
+            self._abandoned.set()
             self._compute.stop()
             await node.stop()
+            if not await self._compute.ended(_LAST_WORK_S):
+                logger.warning("the computation at hand did not end within %.0f s", _LAST_WORK_S)
 
     async def _serve(
         self,
         node: Node,
         directory: Directory,
-        checkpoint: Checkpoint,
+        presence: Presence,
         on_ready: Callable[[Announcement], None],
         on_network: Callable[[NetworkSpeed], None],
+        on_move: Callable[[Announcement, Move], None],
     ) -> None:
+        rebalancing = Rebalancing(node.peer_id, directory, presence, self._prepared, self._settings)
+        if self._settings.blocks is not None:
+            presence.bounds = self._settings.blocks
+        else:
+            await rebalancing.find_place()
         try:
             async with asyncio.TaskGroup() as tasks:
                 watching = [
-                    tasks.create_task(self._keep_announced(node, directory)),
+                    tasks.create_task(presence.keep_announced()),
                     tasks.create_task(_fail_with_daemon(node)),
                 ]
-                streams = await self._load(node, checkpoint)
-                watching.append(tasks.create_task(self._measure_network(node, directory, streams, on_network)))
-                await self._serve_until_leave(node, directory, streams, on_ready)
+                checkpoint = self._prepared.checkpoint
+                await self._load(presence, {})
+                streams = StreamServer(
+                    node,
+                    presence.table,
+                    self._compute,
+                    checkpoint.hidden_size,
+                    self._prepared.dtype,
+                    self._settings.idle_timeout_s,
+                )
+                watching.append(
+                    tasks.create_task(self._measure_network(node, directory, presence, streams, on_network))
+                )
+
+                async def carry_out(move: Move) -> bool:
+                    return await self._move(move, presence, streams, on_move)
+
+                await self._open(node, presence, streams, on_ready)
+                moving = tasks.create_task(rebalancing.run(carry_out)) if self._may_move() else None
+                try:
+                    await self._leave.wait()
+                    if moving is not None:
+                        self._abandoned.set()
+                        moving.cancel()
+                        await asyncio.wait([moving])
+                    presence.state = State.DRAINING
+                    presence.renew_soon()
+                    await streams.drain(self._settings.drain_timeout_s)
+                finally:
+                    await presence.withdraw()
                 for task in watching:
                     task.cancel()
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from group
 
-    async def _load(self, node: Node, checkpoint: Checkpoint) -> StreamServer:
-        span, pool = await self._load_span(checkpoint)
-        self._table = SessionTable(
-            span,
-            checkpoint.model_digest,
-            pool,
-            self._settings.max_sessions,
-            together=self._together,
-            reuses=self._settings.reuses_prompts,
-        )
-        return StreamServer(
-            node, self._table, self._compute, checkpoint.hidden_size, span.dtype, self._settings.idle_timeout_s
-        )
+    def _may_move(self) -> bool:
+        settings = self._settings
+        return settings.blocks is None and settings.rebalances and not self._prepared.plan.offloaded_blocks
 
-    async def _serve_until_leave(
-        self, node: Node, directory: Directory, streams: StreamServer, on_ready: Callable[[Announcement], None]
+    async def _load(self, presence: Presence, reuse: Mapping[int, nn.Module]) -> None:
+        """Load the span that `presence` announces."""
+        start, end = presence.bounds
+
+        def load() -> HostedSpan:
+            return load_hosted_span(
+                self._prepared, self._settings, start, end, reuse=reuse, abandoned=self._abandoned
+            )  # fmt: skip
+
+        hosted, _ = await self._compute.run(load)
+        logger.info("%d of %d blocks were in memory already", hosted.reused, end - start)
+        presence.table = hosted.new_table(self._prepared, self._settings)
+        presence.speed, presence.block_digests = hosted.speed, hosted.block_digests
+        self._hosted = hosted
+
+    async def _open(
+        self, node: Node, presence: Presence, streams: StreamServer, on_ready: Callable[[Announcement], None]
     ) -> None:
         await node.serve(STREAM_PROTOCOL, streams.handle_session)
         await node.serve(LINK_PROTOCOL, streams.handle_link)
         await node.serve(MEASURE_PROTOCOL, MeasuringServer(streams.is_busy).handle)
-        self._state = State.ONLINE
-        announcement = await self._announcement(node)
-        await directory.announce(announcement)
+        presence.state = State.ONLINE
+        announcement, _ = await presence.announce()
         on_ready(announcement)
+
+    async def _move(
+        self, move: Move, presence: Presence, streams: StreamServer, on_move: Callable[[Announcement, Move], None]
+    ) -> bool:
+        """Hand over the sessions, and host other blocks; False: they could not be loaded, and all is as before.
+
+        Raises:
+            SwarmError: what was hosted before cannot be loaded again, either.
+        """
+        logger.warning("moving from blocks %d to %d to %s", move.old[0], move.old[1] - 1, move.reason)
+        presence.state = State.DRAINING
+        await presence.announce()
+        await streams.drain(self._settings.drain_timeout_s)
+        await streams.hang_up()
+        kept = await self._give_up_span(move.new, presence, streams)
+        presence.state = State.JOINING
+        moved = await self._try_to_load(move.new, kept, presence)
+        if not moved:
+            await self._compute.run(free_memory)
+            try:
+                await self._become(move.old, kept, presence)
+            except _RELOAD_FAILURES as error:
+                raise SwarmError(
+                    f"Other blocks could not be loaded, nor those that were hosted before: {error}. This server "
+                    "leaves; start it again when the cause is gone."
+                ) from error
+        streams.table = presence.table
+        presence.moves += moved
+        presence.state = State.ONLINE
+        announcement, _ = await presence.announce()
+        if moved:
+            on_move(announcement, move)
+        return moved
+
+    async def _give_up_span(
+        self, new: tuple[int, int], presence: Presence, streams: StreamServer
+    ) -> dict[int, nn.Module]:
+        """Free what is hosted, but for the layers that `new` has as well, as far as there is room for them now."""
+        assert self._hosted is not None
+        span, plan = self._hosted.span, self._prepared.plan
+        presence.table = streams.table = self._hosted = None
+        presence.block_digests = ()
+        room_bytes = plan.kv_bytes + plan.kept_bytes  # which are free now
+
+        def take_out() -> dict[int, nn.Module]:
+            nonlocal span
+            kept = span.take_out(*new, room_bytes)
+            del span
+            return kept
+
+        kept, _ = await self._compute.run(take_out)
+        await self._compute.run(free_memory)
+        return kept
+
+    async def _try_to_load(self, bounds: tuple[int, int], kept: Mapping[int, nn.Module], presence: Presence) -> bool:
+        old = presence.bounds
         try:
-            await self._leave.wait()
-            self._state = State.DRAINING
-            self._renew.set()
-            await streams.drain(self._settings.drain_timeout_s)
-        finally:
-            await directory.withdraw(await self._announcement(node))
+            await self._become(bounds, kept, presence)
+        except _RELOAD_FAILURES as error:
+            logger.error(
+                "blocks %d to %d could not be loaded (%s); going back to blocks %d to %d",
+                bounds[0], bounds[1] - 1, error, old[0], old[1] - 1,
+            )  # fmt: skip
+            return False
+        return True
+
+    async def _become(self, bounds: tuple[int, int], kept: Mapping[int, nn.Module], presence: Presence) -> None:
+        presence.bounds = bounds
+        await presence.announce()  # so that nobody else comes here meanwhile
+        await self._load(presence, kept)
 
     async def _measure_network(
-        self, node: Node, directory: Directory, streams: StreamServer, on_network: Callable[[NetworkSpeed], None]
+        self,
+        node: Node,
+        directory: Directory,
+        presence: Presence,
+        streams: StreamServer,
+        on_network: Callable[[NetworkSpeed], None],
     ) -> None:
         def changed(speed: NetworkSpeed) -> None:
-            self._network_speed = speed
-            self._renew.set()
+            presence.network = speed
+            presence.renew_soon()
             on_network(speed)
 
         def is_busy() -> bool:
-            return self._state is not State.ONLINE or streams.is_busy()
+            return presence.state is not State.ONLINE or streams.is_busy()
 
         model = self._prepared.checkpoint.model_digest
-        await NetworkMeasurement(node, self._span_bounds, lambda: directory.servers(model), is_busy, changed).run()
-
-    async def _choose_blocks(self, directory: Directory) -> tuple[int, int]:
-        if self._settings.blocks is not None:
-            return self._settings.blocks
-        checkpoint = self._prepared.checkpoint
-        others = await directory.servers(checkpoint.model_digest)
-        hosted = [
-            Hosting(one.peer_id, one.start, one.end, one.throughput, one.state is State.DRAINING) for one in others
-        ]
-        fits = self._prepared.plan.num_blocks
-        return choose_span(hosted, checkpoint.num_blocks, Capacity(fits), blocks=fits)
-
-    async def _load_span(self, checkpoint: Checkpoint) -> tuple[Span, PagePool]:
-        start, end = self._span_bounds
-        total = sum(checkpoint.block_elements(block) for block in range(start, end))
-
-        def load() -> tuple[Span, PagePool, tuple[str, ...]]:
-            with memory_given_back():
-                with tqdm(
-                    total=total, unit=" weights", unit_scale=True, desc=f"Loading blocks {start} to {end - 1}"
-                ) as bar:
-                    span = load_span(
-                        checkpoint,
-                        start,
-                        end,
-                        dtype=self._prepared.dtype,
-                        device=self._prepared.device,
-                        quantization=self._settings.quantization,
-                        offloaded_blocks=self._prepared.plan.offloaded_blocks,
-                        on_elements=bar.update,
-                    )
-                digests = checkpoint.digests.blocks if checkpoint.files.paths else ()
-                checkpoint.files.release()
-                self._together = prepare_span(span, checkpoint.hidden_size)
-                pool = PagePool.for_span(span, checkpoint.hidden_size, pages_for(self._prepared.plan.kv_tokens))
-            if self._together is None:
-                logger.warning(
-                    "%s models compute attention in a way of their own: sessions run one by one, not as a batch",
-                    checkpoint.config.model_type,
-                )
-            self._compute_speed = self._speed_of(span, checkpoint)
-            return span, pool, digests
-
-        (span, pool, digests), _ = await self._compute.run(load)
-        self._block_digests = tuple(digest[:_DIGEST_DIGITS] for digest in digests[start:end])
-        return span, pool
-
-    def _speed_of(self, span: Span, checkpoint: Checkpoint) -> ComputeSpeed:
-        """As it was measured on an earlier start, or is measured now. Runs on the device."""
-        measured_on = MeasuredOn(
-            device=device_name(span.device),
-            threads=torch.get_num_threads(),
-            cores=usable_cores(),
-            model=checkpoint.model_digest,
-            start=span.start,
-            end=span.end,
-            precision=precision_name(dtype_name(span.dtype), self._settings.quantization or ""),
-            software=(__version__, str(torch.__version__), transformers.__version__),
-        )
-        if not self._settings.measure_again and (known := remembered_speed(measured_on, time.time())) is not None:
-            logger.info("the speed of this machine is known from an earlier start")
-            return known
-        speed = measure_compute(span, checkpoint.hidden_size, self._together)
-        remember_speed(measured_on, speed, time.time())
-        give_memory_back()
-        return speed
-
-    async def _announcement(self, node: Node) -> Announcement:
-        checkpoint, (start, end) = self._prepared.checkpoint, self._span_bounds
-        decode = dict(self._compute_speed.decode_steps_per_s) if self._compute_speed else {}
-        return Announcement(
-            peer_id=node.peer_id,
-            model=checkpoint.model_digest,
-            model_name=self._settings.model[-96:],
-            state=self._state,
-            num_blocks=checkpoint.num_blocks,
-            start=start,
-            end=end,
-            block_digests=self._block_digests,
-            dtype=dtype_name(self._prepared.dtype),
-            quantization=self._settings.quantization or "",
-            throughput=decode.get(1, 0.0),
-            decode_steps_per_s=decode,
-            prefill_tokens_per_s=self._compute_speed.prefill_tokens_per_s if self._compute_speed else None,
-            rtts_s=dict(self._network_speed.rtts_s),
-            upload_bytes_per_s=self._network_speed.upload_bytes_per_s,
-            download_bytes_per_s=self._network_speed.download_bytes_per_s,
-            free_kv_tokens=self._table.free_tokens if self._table else self._prepared.plan.kv_tokens,
-            sessions=len(self._table) if self._table else 0,
-            addresses=tuple((await node.addresses())[:8]),
-            version=__version__,
-            public_name=self._settings.public_name,
-            issued_at=time.time(),
-        )
-
-    async def _keep_announced(self, node: Node, directory: Directory) -> None:
-        """Renew the announcement for ever; find the way back into the swarm if it is lost."""
-        while True:
-            self._renew.clear()
-            try:
-                stored = await directory.announce(await self._announcement(node))
-                if self._settings.initial_peers and directory.is_alone():
-                    logger.warning("no other peer is in sight; trying the initial peers again")
-                    await directory.rejoin(self._settings.initial_peers)
-                elif not stored:
-                    logger.warning("the announcement was not stored; trying again in %.0f s", RENEWAL_S)
-            except SwarmError as error:
-                logger.warning("could not announce: %s", error)
-            try:
-                async with asyncio.timeout(RENEWAL_S):
-                    await self._renew.wait()
-            except TimeoutError:
-                pass
+        measurement = NetworkMeasurement(
+            node, lambda: presence.bounds, lambda: directory.servers(model), is_busy, changed
+        )  # fmt: skip
+        await measurement.run()
 
 
 async def _fail_with_daemon(node: Node) -> None:

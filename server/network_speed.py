@@ -35,13 +35,14 @@ class NetworkMeasurement:
     def __init__(
         self,
         node: Node,
-        span: tuple[int, int],
+        span: Callable[[], tuple[int, int]],
         find_servers: Callable[[], Awaitable[Sequence[Announcement]]],
         is_busy: Callable[[], bool],
         on_change: Callable[[NetworkSpeed], None],
     ) -> None:
         """
         Args:
+            span: what this server hosts now.
             find_servers: looks up who hosts the model now.
             is_busy: whether sessions need the network; measuring waits for them.
             on_change: called with the new figures.
@@ -63,7 +64,7 @@ class NetworkMeasurement:
             pause_s = INTERVAL_S if self.speed.rtts_s else min(2 * pause_s, INTERVAL_S)
 
     async def _measure(self) -> None:
-        neighbours = likely_neighbours(self._node.peer_id, *self._span, await self._find_servers())
+        neighbours = likely_neighbours(self._node.peer_id, *self._span(), await self._find_servers())
         measured: dict[str, MeasuredLink] = {}
         transfers_left = _TRANSFERS
         for server in neighbours:

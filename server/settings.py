@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+
+from swarm.placement import MovePolicy
 
 
 @dataclass(frozen=True)
@@ -51,3 +53,15 @@ class ServerSettings:
     """A client that says nothing for this long has gone."""
     drain_timeout_s: float = 10.0
     """How long a leaving server waits for its sessions to move."""
+    rebalances: bool = True
+    """With ``blocks=None``: move to other blocks when that is much better for everybody."""
+    rebalance_interval_s: float = 20.0
+    """How often it looks whether to move, give or take a half."""
+    claim_wait_s: float = 3.0
+    """So long after it has claimed a move, others must have seen the claim."""
+    settle_wait_s: float = 1.5
+    """A server that joins looks so long who else does, before it loads."""
+    failed_move_pause_s: float = 600.0
+    """It does not try to move for so long after a move that failed; twice as long after the next."""
+    move_policy: MovePolicy = field(default_factory=MovePolicy)
+    """What moves cost, and what they must bring."""

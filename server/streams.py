@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from swarm.errors import CacheFull, PeerError, ProtocolError, RemoteError, ServerFault, SessionTooLarge
+from swarm.errors import CacheFull, Draining, PeerError, ProtocolError, RemoteError, ServerFault, SessionTooLarge
 from swarm.protocol.messages import Attach, Attached, Drain, Message, Open, Opened, Refusal
 from swarm.protocol.served_session import (
     Action,
@@ -44,18 +44,23 @@ _TASK_FAILURES = (OSError, TimeoutError)
 
 
 class StreamServer:
-    """Accepts session streams and link streams for one span."""
+    """Accepts session streams and link streams.
+
+    Attributes:
+        table: of the span that is hosted now; None while there is none.
+    """
 
     def __init__(
         self,
         node: Node,
-        table: SessionTable,
+        table: SessionTable | None,
         compute: ComputeThread,
         hidden_size: int,
         dtype: torch.dtype,
         idle_timeout_s: float,
     ) -> None:
-        self.node, self.table, self.compute = node, table, compute
+        self.table: SessionTable | None = table
+        self.node, self.compute = node, compute
         self.hidden_size, self.dtype, self.idle_timeout_s = hidden_size, dtype_name(dtype), idle_timeout_s
         self.sessions: dict[str, SessionStream] = {}
         """By token."""
@@ -109,12 +114,19 @@ class StreamServer:
 
     async def drain(self, within_s: float) -> None:
         """Take no new session, ask the present ones to move, and wait until they have, or `within_s` has passed."""
-        self.table.draining = True
+        if self.table is not None:
+            self.table.draining = True
         for session in list(self.sessions.values()):
             session.announce_drain(within_s)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s):
                 await self._no_session.wait()
+
+    async def hang_up(self) -> None:
+        """End the sessions that are still here, and wait until nothing is left of them."""
+        for session in list(self.sessions.values()):
+            session.end()
+        await self._no_session.wait()
 
     def opened(self, token: str, session: SessionStream) -> None:
         """A session has begun."""
@@ -127,13 +139,15 @@ class StreamServer:
         if not self.sessions:
             self._no_session.set()
 
-    def begin(self, held: HeldSession, work: Work, *, can_wait: bool) -> asyncio.Future[tuple[torch.Tensor, Timed]]:
-        """Have `work` computed; wait for it with :meth:`result`.
+    def begin(
+        self, table: SessionTable, held: HeldSession, work: Work, *, can_wait: bool
+    ) -> asyncio.Future[tuple[torch.Tensor, Timed]]:
+        """Have `work` computed for a session of `table`; wait for it with :meth:`result`.
 
         Raises:
             CacheFull: there is no room for it.
         """
-        self.table.grow(held, work)
+        table.grow(held, work)
         waiting = Waiting(work.hidden_states.shape[0], held.group(work), can_wait)
         begun = self.compute.begin((held, work), run_steps, waiting)
         self._steps_under_way += 1
@@ -167,6 +181,7 @@ class SessionStream:
         self._wire = Wire()
         self._session: ServedSession | None = None
         self._held: HeldSession | None = None
+        self._table: SessionTable | None = None
         self._token = ""
         self._links: dict[int, tuple[OutgoingLink, asyncio.Task[None]]] = {}
         self._tasks: asyncio.TaskGroup | None = None
@@ -191,11 +206,13 @@ class SessionStream:
         finally:
             for writer in self.predecessors:
                 writer.close()
-            if self._held is not None:
+            if self._held is not None and self._table is not None:
                 self._server.closed(self._token)
-                self._server.table.close(self._held)
+                self._table.close(self._held)
                 self._server.compute.soon(self._held.cache.release)
-            self._session = self._held = None  # large; and the traceback of what ended this may live for long
+            self._session = self._held = self._table = (
+                None  # large; and the traceback of what ended this may live for long
+            )
 
     def attach(self) -> bool:
         """A predecessor has come; returns whether it must send the session's state first."""
@@ -214,6 +231,10 @@ class SessionStream:
     def announce_drain(self, within_s: float) -> None:
         """Ask the client to move."""
         self._act([ToClient(Drain(within_s=within_s))])
+
+    def end(self) -> None:
+        """Hang up; the client goes on elsewhere."""
+        self._ended.set()
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         self._writer.writelines(self._wire.take_outgoing())
@@ -243,7 +264,9 @@ class SessionStream:
         if request.session in server.sessions:
             raise ProtocolError("a session with this token is open already")
         try:
-            self._held = server.table.open(request)
+            if server.table is None:
+                raise Draining("this server is loading other blocks")
+            self._held, self._table = server.table.open(request), server.table
         except RemoteError as error:
             merely_full = isinstance(error, CacheFull) and not isinstance(error, SessionTooLarge)
             retry_after_s = server.turned_away.retry_after_s(time.monotonic()) if merely_full else None
@@ -281,9 +304,10 @@ class SessionStream:
 
     def _compute(self, work: Work) -> None:
         """Begin at once: every turn of the event loop between a message and the device is time that a token takes."""
-        assert self._session is not None and self._held is not None and self._tasks is not None
+        assert self._session is not None and self._tasks is not None
+        assert self._held is not None and self._table is not None
         try:
-            begun = self._server.begin(self._held, work, can_wait=self._session.standby)
+            begun = self._server.begin(self._table, self._held, work, can_wait=self._session.standby)
         except RemoteError as error:
             self._act(self._session.failed(error))
         else:

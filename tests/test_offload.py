@@ -30,8 +30,8 @@ from swarm.models.offload import spread
 from swarm.models.paged_cache import PagePool
 from swarm.models.together import way_together
 from swarm.models.weight_layout import lay_out_span
-from swarm.server.lifecycle import prepare
 from swarm.server.plan import MIB, PROCESS_BYTES, WORKING_BYTES, make_plan
+from swarm.server.preparation import prepare
 from swarm.server.settings import ServerSettings
 from swarm.server.throughput import measure_compute
 
@@ -409,7 +409,8 @@ def test_the_reading_thread_ends_with_the_span(tiny: Path, home: Path) -> None:
 LEAN = """
 import sys
 import torch
-from swarm.server.lifecycle import load_span, open_checkpoint
+from swarm.server.preparation import open_checkpoint
+from swarm.models import load_span
 for scheme in (None, "int8"):
     span = load_span(open_checkpoint(sys.argv[1]), 0, 4, dtype=torch.float32, quantization=scheme, offloaded_blocks=3)
     span.forward(torch.ones(1, 3, 64), span.new_cache())

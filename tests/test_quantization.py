@@ -24,7 +24,7 @@ from swarm.models.quantization import SCHEMES, bytes_per_weight, int4, int8, nf4
 from swarm.models.quantization.kernels import works
 from swarm.models.together import way_together
 from swarm.models.weight_layout import lay_out_span
-from swarm.server.lifecycle import _check_quantization, prepare
+from swarm.server.preparation import _check_quantization, prepare
 from swarm.server.settings import ServerSettings
 
 WORST = {"int8": 0.01, "nf4": 0.12, "int4": 0.1}

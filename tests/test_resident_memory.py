@@ -15,7 +15,8 @@ from swarm.server.resident_memory import _read_only_file_areas
 SERVER = """
 import json, sys
 import psutil, torch
-from swarm.server.lifecycle import load_span, prepare
+from swarm.server.preparation import prepare
+from swarm.models import load_span
 from swarm.server.resident_memory import memory_given_back
 from swarm.server.settings import ServerSettings
 

@@ -17,10 +17,11 @@ from swarm.commands.addresses import listen_addresses
 from swarm.commands.output import Output, add_output_arguments, run_command
 from swarm.commands.speeds import compute_sentence, network_sentence
 from swarm.dht import Announcement
+from swarm.placement import Move, MovePolicy
 from swarm.protocol.tensors import dtype_name
 from swarm.server import SCHEMES, Server, ServerSettings
-from swarm.server.lifecycle import Prepared, prepare
 from swarm.server.neighbours import NetworkSpeed
+from swarm.server.preparation import Prepared, prepare
 
 _EPILOG = """\
 examples:
@@ -73,7 +74,11 @@ def _run(settings: ServerSettings, output: Output) -> int:
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, leave)
-        await server.run(lambda announcement: _show_ready(announcement, output), show_network)
+        await server.run(
+            lambda announcement: _show_ready(announcement, output),
+            show_network,
+            lambda announcement, move: _show_move(announcement, move, output),
+        )
 
     try:
         uvloop.run(serve())
@@ -128,6 +133,21 @@ def _show_ready(announcement: Announcement, output: Output) -> None:
     )
 
 
+def _show_move(announcement: Announcement, move: Move, output: Output) -> None:
+    output.say(
+        f"Moved from blocks {move.old[0]} to {move.old[1] - 1} to {move.reason}. "
+        f"Serving them at {announcement.throughput:.1f} steps/s."
+    )
+    output.event(
+        event="moved",
+        old=list(move.old),
+        new=list(move.new),
+        urgency=move.urgency.name.lower(),
+        moves=announcement.moves,
+        throughput=announcement.throughput,
+    )
+
+
 def _settings(options: argparse.Namespace) -> ServerSettings:
     public_network = not options.private_network and not options.host.startswith("127.")
     return ServerSettings(
@@ -153,6 +173,11 @@ def _settings(options: argparse.Namespace) -> ServerSettings:
         max_sessions=options.max_sessions,
         reuses_prompts=options.reuses_prompts,
         drain_timeout_s=options.drain_timeout,
+        rebalances=options.rebalances,
+        rebalance_interval_s=options.rebalance_every,
+        claim_wait_s=options.claim_wait,
+        settle_wait_s=options.settle_wait,
+        move_policy=MovePolicy(away_s=options.move_cost, horizon_s=options.move_horizon),
     )
 
 
@@ -167,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what to host")
     what.add_argument(
         "--blocks", type=parse_blocks, default=None, metavar="A:B|auto",
-        help="the span [A, B), or `auto`: as many as fit, where fewest servers are (default: auto)",
+        help="the span [A, B), or `auto`: as many as fit, where they are needed most, now and later (default: auto)",
     )  # fmt: skip
     what.add_argument("--num-blocks", type=_positive, metavar="N", help="with --blocks auto: host exactly N blocks")
     what.add_argument("--revision", help="branch, tag or commit on the Hub")
@@ -244,8 +269,31 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="when leaving, wait so long for sessions to move (default: 10)",
     )
+    _add_moving_arguments(parser)
     add_output_arguments(parser)
     return parser
+
+
+def _add_moving_arguments(parser: argparse.ArgumentParser) -> None:
+    usual = ServerSettings("")
+    moving = parser.add_argument_group(
+        "moving (with --blocks auto)",
+        "The server moves to other blocks when these have no server, or a single one, or are the slowest by far. Its "
+        "sessions go on elsewhere, and it never leaves blocks that nobody else serves. Not with --offload.",
+    )
+    moving.add_argument(
+        "--no-rebalance", dest="rebalances", action="store_false", help="stay with the blocks that were chosen first"
+    )
+    for name, default, meaning in (
+        ("rebalance-every", usual.rebalance_interval_s, "look so often whether to move, give or take a half"),
+        ("claim-wait", usual.claim_wait_s, "let others know of a move for so long before it begins"),
+        ("settle-wait", usual.settle_wait_s, "look so long who else joins, before loading"),
+        ("move-cost", usual.move_policy.away_s, "a move that makes the swarm faster is taken to last so long"),
+        ("move-horizon", usual.move_policy.horizon_s, "and must have paid within so long"),
+    ):
+        moving.add_argument(
+            f"--{name}", type=_seconds, default=default, metavar="S", help=f"{meaning} (default: {default:g})"
+        )
 
 
 def parse_blocks(text: str) -> tuple[int, int] | None:
@@ -267,6 +315,16 @@ def parse_size(text: str) -> int:
         return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
     except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write e.g. 12GiB or 800MiB") from None
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return seconds
 
 
 def _positive(text: str) -> int:

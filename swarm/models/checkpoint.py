@@ -100,6 +100,7 @@ class Checkpoint:
                 ),
             )
         remember_digests(self.files, digests)
+        self._known_digests = digests  # from here on, whatever changes is damage
         return digests
 
     @cached_property

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -142,6 +143,26 @@ class Span:
         layers = self.layers[start - self.start : end - self.start]
         return Span.over(self.base, layers, start, self._whole_config, self.offloaded)
 
+    def take_out(self, start: int, end: int, room_bytes: int) -> dict[int, nn.Module]:
+        """The layers of those of blocks ``[start, end)`` that are here, for another span; this one is to be dropped.
+
+        On a CPU the weights of a whole span may lie in one run of memory, which lives as long as any of them: they are
+        copied, and no more are taken than copies fit into `room_bytes`.
+        """
+        taken: dict[int, nn.Module] = {}
+        for block in range(max(start, self.start), min(end, self.end)):
+            if block in self.offloaded:
+                continue
+            weights = [weight for weight in self.part(block, block + 1).weights() if weight.layout is torch.strided]
+            copied = weights if self.device.type == "cpu" else []
+            room_bytes -= sum(weight.numel() * weight.element_size() for weight in copied)
+            if room_bytes < 0:
+                break
+            for weight in copied:
+                weight.data = weight.data.clone()
+            taken[block] = self.layers[block - self.start]
+        return taken
+
     def new_cache(self) -> SpanCache:
         """An empty KV cache for one session on this span."""
         return SpanCache(self.base.config, self.start)
@@ -202,6 +223,7 @@ def load_span(
     quantization: str | None = None,
     offloaded_blocks: int = 0,
     window_blocks: int = WINDOW_BLOCKS,
+    reuse: Mapping[int, nn.Module] = MappingProxyType({}),
     on_elements: Callable[[int], object] = lambda _: None,
 ) -> Span:
     """Read the weights of blocks ``[start, end)``, check them against known digests, and make them runnable.
@@ -212,6 +234,8 @@ def load_span(
         offloaded_blocks: so many are not kept in memory, but read from disk whenever they run
             (:mod:`swarm.models.offload`); at least one must stay.
         window_blocks: for them, there is memory for so many blocks.
+        reuse: layers by their blocks, from :meth:`Span.take_out` of a span that was loaded in the same way: they are
+            not read again. At least one block must be. Not together with `offloaded_blocks`.
         on_elements: called with the number of elements of every tensor that was read, for a progress bar.
 
     Raises:
@@ -223,6 +247,9 @@ def load_span(
         raise ValueError(f"[{start}, {end}) is not a span of a model with {checkpoint.num_blocks} blocks")
     if not 0 <= offloaded_blocks < end - start:
         raise ValueError(f"{offloaded_blocks} of {end - start} blocks cannot be offloaded: one must stay")
+    reuse = {block: layer for block, layer in reuse.items() if start <= block < end}
+    if len(reuse) == end - start or (reuse and offloaded_blocks):
+        raise ValueError("layers can be reused only beside others that are read, and if none is offloaded")
     config = copy.deepcopy(checkpoint.config)
     config.tie_word_embeddings = False  # there is neither an embedding nor a head here
 
@@ -238,20 +265,21 @@ def load_span(
         return load(block, block + 1, "cpu", for_file=True)[1][0]
 
     offloaded = spread(start, end, offloaded_blocks)
-    layers: dict[int, nn.Module] = {}
+    layers: dict[int, nn.Module] = dict(reuse)
     if offloaded:  # first, while there is memory for a block as it was
         files = _files_of(checkpoint, sorted(offloaded), dtype, quantization, load_for_file, on_elements)
         layers = _streamed_layers(config, files, quantization, window_blocks, torch.device(device))
-    for piece in _pieces(start, end, offloaded, whole=quantization is None):
+    for piece in _pieces(start, end, offloaded | reuse.keys(), whole=quantization is None):
         base, some = load(*piece, device)
         layers.update(zip(range(*piece), some, strict=True))
     return Span.over(base, [layers[block] for block in range(start, end)], start, base.config, offloaded)
 
 
-def _pieces(start: int, end: int, offloaded: Container[int], *, whole: bool) -> list[tuple[int, int]]:
-    """The blocks that stay, as spans: as long as can be if they may be loaded as a `whole`, or else single ones."""
+def _pieces(start: int, end: int, others: Container[int], *, whole: bool) -> list[tuple[int, int]]:
+    """The blocks that are none of the `others`, as spans, as long as can be if they may be loaded as a `whole`, or else
+    single ones."""
     pieces: list[tuple[int, int]] = []
-    for block in (block for block in range(start, end) if block not in offloaded):
+    for block in (block for block in range(start, end) if block not in others):
         if whole and pieces and pieces[-1][1] == block:
             pieces[-1] = (pieces[-1][0], block + 1)
         else:

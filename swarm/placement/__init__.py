@@ -3,9 +3,9 @@
 from swarm.placement.coverage import Coverage, Quality
 from swarm.placement.hosting import Capacity, Hosting, Span
 from swarm.placement.join import choose_span, settle
-from swarm.placement.moves import Move, MovePolicy, Urgency, may_move, wanted_move
+from swarm.placement.moves import Move, MovePolicy, Urgency, goes_before, may_move, wanted_move
 
 __all__ = [
-    "Capacity", "Coverage", "Hosting", "Move", "MovePolicy", "Quality", "Span", "Urgency", "choose_span", "may_move",
-    "settle", "wanted_move",
+    "Capacity", "Coverage", "Hosting", "Move", "MovePolicy", "Quality", "Span", "Urgency", "choose_span", "goes_before",
+    "may_move", "settle", "wanted_move",
 ]  # fmt: skip

@@ -145,6 +145,11 @@ def may_move_over(
     return again is not None and again.new == move.new
 
 
+def goes_before(one: Move, other: Move) -> bool:
+    """Whether `one` comes first, of two moves that are claimed at the same time."""
+    return _order(one) < _order(other)
+
+
 def _allowed_starts(me: Hosting, coverage: Coverage) -> Flags:
     """Where `me` could go without taking from any block its last server, or its second without need; ``[starts]``.
 

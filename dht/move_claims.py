@@ -1,0 +1,52 @@
+"""Publish one's own claim to move, look up others'."""
+
+from __future__ import annotations
+
+import time
+
+from swarm.dht.announcement import CLOCK_SLACK_S
+from swarm.dht.directory import Directory
+from swarm.dht.move_claim import CLAIM_LEASE_S, MoveClaim, moves_key
+from swarm.placement import Move
+
+
+class MoveClaims:
+    """The claims of one model's servers, in the DHT of `directory`."""
+
+    def __init__(self, directory: Directory, peer_id: str, model: str, num_blocks: int) -> None:
+        self._dht, self._peer_id = directory.dht, peer_id
+        self._model, self._num_blocks = model, num_blocks
+        self._last_expiration = 0.0
+
+    async def publish(self, move: Move) -> bool:
+        """Claim `move`, of this peer, for one lease; it replaces the previous claim.
+
+        Returns:
+            Whether at least one node of the DHT stored it.
+        """
+        # The DHT keeps the record that expires last, so a later claim must expire later.
+        self._last_expiration = max(time.time() + CLAIM_LEASE_S, self._last_expiration + 1e-3)
+        stored: bool = await self._dht.store(
+            key=moves_key(self._model),
+            subkey=self._peer_id,
+            value=MoveClaim.of(move, self._model, self._num_blocks, time.time()).pack(),
+            expiration_time=self._last_expiration,
+        )
+        return stored
+
+    async def alive(self) -> list[Move]:
+        """What everybody claims now, this peer included; claims of another number of blocks are dropped."""
+        found = await self._dht.get(moves_key(self._model), latest=True)
+        now = time.time()
+        moves = []
+        entries = found.value if found is not None and isinstance(found.value, dict) else {}
+        for peer_id, entry in entries.items():
+            try:
+                claim = MoveClaim.unpack(entry.value)
+            except (ValueError, TypeError):
+                continue
+            if entry.expiration_time < now or claim.issued_at > now + CLOCK_SLACK_S:
+                continue
+            if (claim.peer_id, claim.model, claim.num_blocks) == (peer_id, self._model, self._num_blocks):
+                moves.append(claim.move)
+        return moves

@@ -1,0 +1,114 @@
+"""What a server says of itself: one announcement, renewed for as long as it is there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from swarm import __version__
+from swarm.dht import RENEWAL_S, Announcement, Directory, State, precision_name
+from swarm.errors import SwarmError
+from swarm.protocol.tensors import dtype_name
+from swarm.server.neighbours import NetworkSpeed
+from swarm.server.preparation import Prepared
+from swarm.server.sessions import SessionTable
+from swarm.server.settings import ServerSettings
+from swarm.server.throughput import ComputeSpeed
+from swarm.transport.node import Node
+
+logger = logging.getLogger(__name__)
+
+
+class Presence:
+    """A server in the directory. Set what has changed, then :meth:`announce` (or :meth:`renew_soon`).
+
+    Attributes:
+        bounds: the span that it hosts, is loading, or drains.
+        tentative: it may still choose another one, before it has loaded any.
+        table: of its sessions; None while nothing is loaded.
+        speed: as measured last: of the span before while it loads another.
+    """
+
+    def __init__(self, settings: ServerSettings, prepared: Prepared, node: Node, directory: Directory) -> None:
+        self._settings, self._prepared, self._node, self._directory = settings, prepared, node, directory
+        self._renew = asyncio.Event()
+        self._one_at_a_time = asyncio.Lock()
+        self.state = State.JOINING
+        self.bounds = (0, 0)
+        self.tentative = False
+        self.moves = 0
+        self.block_digests: tuple[str, ...] = ()
+        self.table: SessionTable | None = None
+        self.speed: ComputeSpeed | None = None
+        self.network = NetworkSpeed()
+
+    @property
+    def precision(self) -> str:
+        """As :attr:`Announcement.precision`."""
+        return precision_name(dtype_name(self._prepared.dtype), self._settings.quantization or "")
+
+    def renew_soon(self) -> None:
+        """Something has changed, and there is no hurry: :meth:`keep_announced` will say so."""
+        self._renew.set()
+
+    async def announce(self) -> tuple[Announcement, bool]:
+        """Tell everybody now; returns what was said, and whether any node of the directory stored it."""
+        async with self._one_at_a_time:  # what was made first must not be stored last
+            addresses = tuple((await self._node.addresses())[:8])
+            announcement = self._announcement(addresses)
+            return announcement, await self._directory.announce(announcement)
+
+    async def withdraw(self) -> None:
+        """Tell everybody that this server has left."""
+        self.state = State.OFFLINE
+        await self.announce()
+
+    async def keep_announced(self) -> None:
+        """Renew the announcement for ever; find the way back into the swarm if it is lost."""
+        while True:
+            self._renew.clear()
+            try:
+                _, stored = await self.announce()
+                if self._settings.initial_peers and self._directory.is_alone():
+                    logger.warning("no other peer is in sight; trying the initial peers again")
+                    await self._directory.rejoin(self._settings.initial_peers)
+                elif not stored:
+                    logger.warning("the announcement was not stored; trying again in %.0f s", RENEWAL_S)
+            except SwarmError as error:
+                logger.warning("could not announce: %s", error)
+            try:
+                async with asyncio.timeout(RENEWAL_S):
+                    await self._renew.wait()
+            except TimeoutError:
+                pass
+
+    def _announcement(self, addresses: tuple[str, ...]) -> Announcement:
+        checkpoint, (start, end) = self._prepared.checkpoint, self.bounds
+        decode = dict(self.speed.decode_steps_per_s) if self.speed else {}
+        return Announcement(
+            peer_id=self._node.peer_id,
+            model=checkpoint.model_digest,
+            model_name=self._settings.model[-96:],
+            state=self.state,
+            num_blocks=checkpoint.num_blocks,
+            start=start,
+            end=end,
+            block_digests=self.block_digests,
+            dtype=dtype_name(self._prepared.dtype),
+            quantization=self._settings.quantization or "",
+            throughput=decode.get(1, 0.0),
+            decode_steps_per_s=decode,
+            prefill_tokens_per_s=self.speed.prefill_tokens_per_s if self.speed else None,
+            rtts_s=dict(self.network.rtts_s),
+            upload_bytes_per_s=self.network.upload_bytes_per_s,
+            download_bytes_per_s=self.network.download_bytes_per_s,
+            free_kv_tokens=self.table.free_tokens if self.table else self._prepared.plan.kv_tokens,
+            sessions=len(self.table) if self.table else 0,
+            moves=self.moves,
+            tentative=self.tentative,
+            addresses=addresses,
+            version=__version__,
+            public_name=self._settings.public_name,
+            issued_at=time.time(),
+        )

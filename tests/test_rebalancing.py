@@ -1,0 +1,223 @@
+"""Servers find their places by themselves, and new ones when others die or join; clients notice a re-route at most.
+
+``SWARM_STEADY_S=300 pytest tests/test_rebalancing.py`` watches for five minutes that nobody moves without need.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny_models import TINY_MODELS
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from swarm.client import ClientSettings, Network
+from swarm.commands.local_swarm import LocalPeer, LocalSwarm
+from swarm.dht import Announcement, State
+from swarm.models import open_checkpoint
+from swarm.models.local import load_whole_model
+
+BLOCKS, BLOCKS_EACH = 12, 4
+STEADY_S = float(os.environ.get("SWARM_STEADY_S", "30"))
+"""For so long nobody may move once everybody is in place."""
+RECOVERY_S = 90.0
+"""Much more than it takes: the lease of those who died, a look around, a claim, loading; on a busy machine."""
+AUTO = [
+    "--num-blocks", str(BLOCKS_EACH), "--threads", "1", "--kv-tokens", "8192", "--drain-timeout", "5",
+    "--rebalance-every", "2", "--claim-wait", "1", "--settle-wait", "2", "--move-cost", "5", "--move-horizon", "120",
+]  # fmt: skip
+AT_ONCE = [
+    "--num-blocks", "2", "--threads", "1", "--rebalance-every", "1", "--claim-wait", "0.5", "--settle-wait", "0",
+]  # fmt: skip
+
+
+def save_deep_model(directory: Path, blocks: int, seed: int) -> str:
+    family, fields = TINY_MODELS["llama"]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = AutoConfig.for_model(
+            family, **{**fields, "num_hidden_layers": blocks, "max_position_embeddings": 4096}
+        )
+        AutoModelForCausalLM.from_config(config).float().save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture
+async def network(swarm: LocalSwarm) -> AsyncIterator[Network]:
+    joined = await Network.join(ClientSettings(initial_peers=tuple(swarm.initial_peers)))
+    yield joined
+    await joined.leave()
+
+
+async def seen_until(
+    network: Network, model: str, done: Callable[[Sequence[Announcement]], bool], within_s: float = RECOVERY_S
+) -> Sequence[Announcement]:
+    """Look at the directory until `done`; fails with what was seen last."""
+    digest, deadline = open_checkpoint(model).model_digest, time.monotonic() + within_s
+    while not done(servers := await network.servers(digest)):
+        if time.monotonic() > deadline:
+            pytest.fail("\n".join(f"{one.state} {one.start}:{one.end} {one.throughput:.0f}/s" for one in servers))
+        await asyncio.sleep(0.1)
+    return servers
+
+
+def redundancy(servers: Sequence[Announcement], blocks: int = BLOCKS) -> list[int]:
+    return [sum(one.hosts(block) for one in servers if one.state is State.ONLINE) for block in range(blocks)]
+
+
+def moves(servers: Sequence[Announcement]) -> int:
+    return sum(one.moves for one in servers)
+
+
+class Talker(threading.Thread):
+    """A client that goes on with one answer, a few tokens at a time, until it is told to stop."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(daemon=True)
+        self._model, self._enough = model, threading.Event()
+        self.ids = torch.tensor([[5, 9, 33, 71]])
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            with self._model.inference_session(max_length=2048) as session:
+                inputs: tuple[torch.Tensor, ...] = (self.ids,)
+                while not self._enough.wait(0.2) and self.ids.shape[1] < 2000:
+                    new = self._model.generate(
+                        *inputs, session=session, do_sample=False, max_new_tokens=3, min_new_tokens=3
+                    )
+                    self.ids = torch.cat([self.ids, new], dim=1) if not inputs else new
+                    inputs = ()
+        except BaseException as error:
+            self.error = error
+
+    def answer(self) -> torch.Tensor:
+        """Stop; what was said, prompt included."""
+        self._enough.set()
+        self.join(60)
+        assert not self.is_alive()
+        if self.error is not None:
+            raise self.error
+        return self.ids
+
+
+async def test_a_swarm_balances_itself_and_a_client_notices_nothing(
+    swarm: LocalSwarm,
+    connect: Callable[..., Any],
+    network: Network,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    model = save_deep_model(tmp_path, BLOCKS, seed=1)
+
+    # Six join an empty swarm at once, and cover it evenly.
+    peers = [swarm.start_server(model, *AUTO, wait=False) for _ in range(6)]
+    for peer in peers:
+        await asyncio.to_thread(peer.wait_until_ready)
+    servers = await seen_until(network, model, lambda servers: redundancy(servers) == [2] * BLOCKS)
+    record_property("moves_after_join", moves(servers))
+
+    # Three are killed, among them all who host the first block: coverage returns, and tokens go on.
+    talker = Talker(await asyncio.to_thread(connect, model))
+    await asyncio.to_thread(until, lambda: talker.ids.shape[1] > 10 or talker.error is not None)
+    first = [one.peer_id for one in servers if one.hosts(0)]
+    others = [one.peer_id for one in servers if one.peer_id not in first]
+    killed = time.monotonic()
+    for peer_id in [*first, *others][:3]:
+        swarm.server(peer_id).kill()
+    before = talker.ids.shape[1]
+    servers = await seen_until(
+        network, model, lambda servers: len(servers) == 3 and redundancy(servers) == [1] * BLOCKS
+    )
+    record_property("coverage_returned_s", time.monotonic() - killed)
+    await asyncio.to_thread(until, lambda: talker.ids.shape[1] > before + 10 or talker.error is not None)
+
+    # Two more come to the first blocks: who was alone there goes where it is needed more.
+    fixed = [swarm.start_server(model, "--blocks", "0:4", "--threads", "1", wait=False) for _ in range(2)]
+    for peer in fixed:
+        await asyncio.to_thread(peer.wait_until_ready)
+    servers = await seen_until(
+        network, model, lambda servers: len(servers) == 5 and sorted(redundancy(servers)) == [1] * 4 + [2] * 8
+    )
+
+    # From now on nobody moves.
+    settled, watched_until = moves(servers), time.monotonic() + STEADY_S
+    while time.monotonic() < watched_until:
+        await asyncio.sleep(1)
+        servers = await seen_until(network, model, lambda servers: len(servers) == 5, within_s=10)
+        assert moves(servers) == settled
+        assert all(one.state is State.ONLINE for one in servers)
+
+    ids = await asyncio.to_thread(talker.answer)
+    whole = load_whole_model(open_checkpoint(model))
+    count = ids.shape[1] - 4
+    record_property("tokens", count)
+    expected = whole.generate(ids[:, :4], do_sample=False, max_new_tokens=count, min_new_tokens=count)
+    assert ids.tolist() == expected.tolist()
+
+
+def until(condition: Callable[[], bool], within_s: float = RECOVERY_S) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+async def make_it_want_to_move(swarm: LocalSwarm, model: str, mover: LocalPeer) -> None:
+    """Somebody else takes the blocks of `mover`, so that it is needed at the others, which have no server."""
+    assert mover.ready is not None and (mover.ready["start"], mover.ready["end"]) == (0, 2)
+    await asyncio.to_thread(swarm.start_server, model, "--blocks", "0:2", "--threads", "1")
+
+
+async def test_sigterm_during_a_move_ends_the_server_in_time(
+    swarm: LocalSwarm, network: Network, tmp_path: Path
+) -> None:
+    model = save_deep_model(tmp_path, 4, seed=2)
+    mover = await asyncio.to_thread(swarm.start_server, model, *AT_ONCE)
+    await make_it_want_to_move(swarm, model, mover)
+
+    def is_moving(servers: Sequence[Announcement]) -> bool:
+        return any(one.peer_id == mover.peer_id and one.state is not State.ONLINE for one in servers)
+
+    await seen_until(network, model, is_moving)
+    mover.signal(signal.SIGTERM)
+    assert await asyncio.to_thread(mover.process.wait, 30) == 0
+    await seen_until(network, model, lambda servers: all(one.peer_id != mover.peer_id for one in servers), 5)
+
+
+async def test_a_server_that_cannot_load_its_new_blocks_goes_back_to_the_old(
+    swarm: LocalSwarm, network: Network, tmp_path: Path
+) -> None:
+    model = save_deep_model(tmp_path, 4, seed=3)
+    mover = await asyncio.to_thread(swarm.start_server, model, *AT_ONCE)
+    damage_last_block(tmp_path / "model.safetensors")
+    await make_it_want_to_move(swarm, model, mover)
+    await asyncio.to_thread(until, lambda: "going back to blocks 0 to 1" in mover.log.read_text())
+    servers = await seen_until(
+        network, model, lambda servers: [one.state for one in servers] == [State.ONLINE] * 2, within_s=30
+    )
+    assert {(one.start, one.end, one.moves) for one in servers} == {(0, 2, 0)}
+    assert "checksum of block" in mover.log.read_text()
+    assert mover.process.poll() is None
+
+
+def damage_last_block(file: Path) -> None:
+    """Change bytes of block 3 so that neither size nor time of the file tells."""
+    with safe_open(file, "pt") as tensors:
+        needle = tensors.get_tensor("model.layers.3.mlp.down_proj.weight").numpy().tobytes()[:64]
+    times, content = file.stat(), file.read_bytes()
+    assert content.count(needle) == 1
+    with file.open("r+b") as opened:
+        opened.seek(content.index(needle))
+        opened.write(bytes(64))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
