@@ -216,12 +216,13 @@ def _least(between: Seconds, arrival_s: Seconds, here: Indices, there: Indices, 
     staying = np.full(len(between), np.inf)
     staying[there] = onward
     best = int(onward.argmin())
-    at_most = np.minimum(staying[here], between[here, there[best]] + onward[best])
+    at_most: Seconds = np.minimum(staying[here], between[here, there[best]] + onward[best])
     good = arrival_s[there] + onward < at_most.max()
     if not good.any():
         return at_most
     seconds: Seconds = (between[here[:, None], there[good][None, :]] + onward[good][None, :]).min(axis=1)
-    return np.minimum(at_most, seconds)
+    least: Seconds = np.minimum(at_most, seconds)
+    return least
 
 
 def _least_off_diagonal(between: Seconds) -> Seconds:
