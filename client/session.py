@@ -56,8 +56,6 @@ _VIEW_AGE_IN_RECOVERY_S = 30.0
 _LOOK_AFTER_S = 2.0
 _SEND_AGAIN_S = 20.0
 """A step that nobody has answered for so long, though all servers are alive, is sent once more."""
-_REROUTE_S = 15.0
-"""How often, give or take a half, a session that works looks for a much better way."""
 _BYTES_PER_NUMBER = 4
 _MIN_CHUNK, _CHUNKS = 64, 16
 """Prefill travels in pieces, so that all servers of a route work at once."""
@@ -117,7 +115,7 @@ class Session:
         self._without_room_since: float | None = None
         self._new_positions = 0  # of the step that is under way
         self._better_way = False
-        self._next_reroute = time.monotonic() + _REROUTE_S * random.uniform(0.5, 1.5)
+        self._next_reroute = time.monotonic()
         self._step_begun = self._last_progress = self._last_sent_again = 0.0  # time.monotonic()
         self._closed = False
         self.recoveries: list[Recovery] = []
@@ -383,11 +381,11 @@ class Session:
 
     async def _look_for_a_better_way(self) -> None:
         """See whether the next step should begin by changing servers; a session at rest does not look."""
-        now = time.monotonic()
-        if now < self._next_reroute or now - self._last_progress > _REROUTE_S:
+        every_s, now = self._settings.reroute_every_s, time.monotonic()
+        if every_s is None or now < self._next_reroute or now - self._last_progress > every_s:
             return
-        self._next_reroute = now + _REROUTE_S * random.uniform(0.5, 1.5)
-        await self._view.refresh(max_age_s=_REROUTE_S / 2)
+        self._next_reroute = now + every_s * random.uniform(0.5, 1.5)
+        await self._view.refresh(max_age_s=every_s / 2)
         wish, route = self._wish(), self.route
         if self._machine.is_recovering or not route or route[0].start > 0:
             return

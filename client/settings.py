@@ -37,6 +37,9 @@ class ClientSettings:
     profile: str | None = None
     """What sessions are reckoned to do when a route is chosen: ``"interactive"``, ``"long prompt"``, ``"batch"``,
     ``"training"``; None: what each session asks for (its length, prompt and number of sequences)."""
+    reroute_every_s: float | None = None
+    """How often, give or take a half, a session that works looks for a much better way; then it tells its positions to
+    other servers before its next step, which takes a moment. None: it stays where it is until a server fails."""
     quantization: str | None = None
     """Use only servers whose weights were quantized so (``"int8"``, …); None: only those that were not."""
     any_precision: bool = False
