@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 
 from swarm.dht.announcement import CLOCK_SLACK_S, LEASE_S, Announcement, State, directory_key
+from swarm.dht.own_record import OwnRecord
 from swarm.dht.validation import AnnouncementValidator
 from swarm.errors import BootstrapFailed
 from swarm.transport.lean_hivemind import DHTNode, PeerID
@@ -24,7 +25,7 @@ class Directory:
         self._node = node
         self.dht = dht
         self._latest: dict[tuple[str, str], Announcement] = {}
-        self._last_expiration = 0.0
+        self._own = OwnRecord(dht, LEASE_S)
 
     @classmethod
     async def join(cls, node: Node, initial_peers: Sequence[str], *, client_only: bool = False) -> Directory:
@@ -59,15 +60,8 @@ class Directory:
         Returns:
             Whether at least one node of the DHT stored it.
         """
-        # The DHT keeps the record that expires last, so a later announcement must expire later.
-        self._last_expiration = max(time.time() + LEASE_S, self._last_expiration + 1e-3)
-        stored: bool = await self.dht.store(
-            key=directory_key(announcement.model),
-            subkey=announcement.peer_id,
-            value=announcement.pack(),
-            expiration_time=self._last_expiration,
-        )
-        return stored
+        key = directory_key(announcement.model)
+        return await self._own.store(key, announcement.peer_id, announcement.pack())
 
     async def withdraw(self, announcement: Announcement) -> None:
         """Tell everybody that this server has left."""

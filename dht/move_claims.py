@@ -7,6 +7,7 @@ import time
 from swarm.dht.announcement import CLOCK_SLACK_S
 from swarm.dht.directory import Directory
 from swarm.dht.move_claim import CLAIM_LEASE_S, MoveClaim, moves_key
+from swarm.dht.own_record import OwnRecord
 from swarm.placement import Move
 
 
@@ -16,7 +17,7 @@ class MoveClaims:
     def __init__(self, directory: Directory, peer_id: str, model: str, num_blocks: int) -> None:
         self._dht, self._peer_id = directory.dht, peer_id
         self._model, self._num_blocks = model, num_blocks
-        self._last_expiration = 0.0
+        self._own = OwnRecord(directory.dht, CLAIM_LEASE_S)
 
     async def publish(self, move: Move) -> bool:
         """Claim `move`, of this peer, for one lease; it replaces the previous claim.
@@ -24,15 +25,8 @@ class MoveClaims:
         Returns:
             Whether at least one node of the DHT stored it.
         """
-        # The DHT keeps the record that expires last, so a later claim must expire later.
-        self._last_expiration = max(time.time() + CLAIM_LEASE_S, self._last_expiration + 1e-3)
-        stored: bool = await self._dht.store(
-            key=moves_key(self._model),
-            subkey=self._peer_id,
-            value=MoveClaim.of(move, self._model, self._num_blocks, time.time()).pack(),
-            expiration_time=self._last_expiration,
-        )
-        return stored
+        packed = MoveClaim.of(move, self._model, self._num_blocks, time.time()).pack()
+        return await self._own.store(moves_key(self._model), self._peer_id, packed)
 
     async def alive(self) -> list[Move]:
         """What everybody claims now, this peer included; claims of another number of blocks are dropped."""
