@@ -107,11 +107,6 @@ class Coverage:
         covered = self.servers > 0
         return float((self.steps_per_s[covered] / self.servers[covered]).mean()) if covered.any() else 0.0
 
-    def share_of_bound(self) -> float:
-        """The slowest block's speed over the mean, which no placement of the same spans can exceed."""
-        mean = float(self.steps_per_s.mean())
-        return float(self.steps_per_s.min()) / mean if mean > 0 else 0.0
-
     def copy(self) -> Coverage:
         """One that can be changed."""
         other = Coverage(0)

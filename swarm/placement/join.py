@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from swarm.placement.coverage import Coverage, Flags
+from swarm.placement.coverage import Coverage, Flags, Qualities
 from swarm.placement.hosting import Capacity, Hosting, Span
 
 _NOTHING_KNOWN: Mapping[str, float] = MappingProxyType({})
@@ -61,9 +61,19 @@ def best_start(
         others: whose coverage it is; needed only for `rtts_s`.
         allowed: ``[starts]``: where the span may begin; default: anywhere.
     """
-    qualities = coverage.qualities_with(length, steps_per_s)
+    return best_of(coverage.qualities_with(length, steps_per_s), length, others, rtts_s, allowed)
+
+
+def best_of(
+    qualities: Qualities,
+    length: int,
+    others: Iterable[Hosting] = (),
+    rtts_s: Mapping[str, float] = _NOTHING_KNOWN,
+    allowed: Flags | None = None,
+) -> int:
+    """Likewise, of placements that are known already."""
     if allowed is None:
-        allowed = np.ones(coverage.num_blocks - length + 1, dtype=bool)
+        allowed = np.ones(len(qualities.bottleneck), dtype=bool)
     return _nearest(qualities.best(allowed), length, others, rtts_s)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from swarm.placement.coverage import Counts, Coverage, Flags, Quality
 from swarm.placement.hosting import Hosting, Span
-from swarm.placement.join import best_start
+from swarm.placement.join import best_of
 
 
 class Urgency(IntEnum):
@@ -88,7 +88,7 @@ def wanted_over(
     if not allowed.any():
         return None
     qualities = coverage.qualities_with(me.length, me.steps_per_s)
-    start = best_start(coverage, me.length, me.steps_per_s, others, me.rtts_s, allowed)
+    start = best_of(qualities, me.length, others, me.rtts_s, allowed)
     stay, there = qualities[me.start], qualities[start]
     urgency = _urgency(stay, there)
     if urgency is None:
@@ -131,7 +131,7 @@ def may_move_over(
         coverage: that of all others.
         servers: how many there are.
     """
-    before = [one for one in claims if one.peer_id != move.peer_id and _order(one) < _order(move)]
+    before = [one for one in claims if one.peer_id != move.peer_id and goes_before(one, move)]
     if len(before) >= max(1, int(policy.at_once * servers)):
         return False
     meanwhile = coverage.copy()
