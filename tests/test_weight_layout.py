@@ -10,7 +10,7 @@ from tiny_models import save_tiny_model
 
 from swarm.models import Span, load_span, open_checkpoint, weight_layout
 from swarm.models.fast_blocks import fuse_projections
-from swarm.models.packed_linear import LinearWithCopy, PackedLinear
+from swarm.models.packed_linear import LinearWithCopy, PackedLinear, can_pack
 from swarm.models.weight_layout import Layout, Layouts, lay_out_head, lay_out_span
 
 _HIDDEN_SIZE = 576
@@ -71,17 +71,22 @@ def test_fused_layers_compute_what_their_parts_did(layout: Layout) -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "gpt_oss", "bloom", "qwen2", "deepseek_v3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_families_can_be_packed(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_other_families_can_be_packed_where_the_machine_can(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     save_tiny_model(name, tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     span = load_span(checkpoint, 0, 2, dtype=dtype)
     prompt = torch.randn(2, 7, checkpoint.hidden_size, generator=torch.Generator().manual_seed(1)).to(dtype)
     output = span.forward(prompt, span.new_cache())
     lay_out_span(span, checkpoint.hidden_size, _all(Layout.PACKED))
-    assert any(isinstance(module, PackedLinear) for layer in span.layers for module in layer.modules())
+    packed = any(isinstance(module, PackedLinear) for layer in span.layers for module in layer.modules())
+    assert packed is can_pack(dtype)
     tolerance = 1e-4 if dtype is torch.float32 else 5e-2
     error = (span.forward(prompt, span.new_cache()) - output).float().norm() / output.float().norm()
     assert float(error) < tolerance
+
+
+def test_every_machine_packs_fp32() -> None:
+    assert can_pack(torch.float32)
 
 
 def test_gradients_pass_through_packed_weights() -> None:

@@ -62,15 +62,17 @@ def lay_out_span(span: Span, hidden_size: int, choose: Callable[[Sequence[nn.Mod
     back in their order.
 
     Args:
-        choose: says how the matrices of some layers are to lie, by their shapes; default: timed here.
+        choose: says how the matrices of some layers are to lie, by their shapes; default: timed here. What this
+            machine can't pack stays as it was loaded.
     """
     if span.device.type == "cpu":
         probe = _probe(hidden_size, span.dtype)
         places = [place for layer in span.staying_layers() for place in _places(layer)]
         layouts = (choose or fastest_layouts)([getattr(parent, name) for parent, name in places])
         before = _run(span, probe)
+        packable = can_pack(span.dtype)
         for parent, name in places:
-            if layouts.get(_matrix(getattr(parent, name)).shape) is Layout.PACKED:
+            if packable and layouts.get(_matrix(getattr(parent, name)).shape) is Layout.PACKED:
                 setattr(parent, name, PackedLinear(getattr(parent, name)))
         transposed = {shape for shape, layout in layouts.items() if layout is Layout.TRANSPOSED}
         _lay_in_huge_pages([weight for weight in span.weights() if weight.layout is torch.strided], transposed)
