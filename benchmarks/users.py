@@ -29,7 +29,7 @@ class User:
     ids: list[int] = field(default_factory=list)
     """Prompt and answer."""
     prefill_compute_s: float = 0.0
-    """What the servers computed for the prompt, all together."""
+    """What the servers computed for the prompt, all together; of what they computed for several, a part."""
 
     def generate(self, model: Any, tokens: int, start: threading.Barrier, options: dict[str, Any]) -> None:
         """Answer greedily; begins when all are ready."""
@@ -37,7 +37,7 @@ class User:
 
             def note_prefill(token: int) -> None:
                 if token == 1:
-                    self.prefill_compute_s = sum(hop.compute_s for hop in session.last_timings)
+                    self.prefill_compute_s = sum(hop.compute_share_s for hop in session.last_timings)
 
             self.times = TokenTimes(note_prefill)
             start.wait()

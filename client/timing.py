@@ -19,6 +19,8 @@ class HopTiming:
     """Waited for the device."""
     compute_s: float
     """The device worked on it."""
+    compute_share_s: float
+    """Of that, this session's part: where the device worked on several sessions at once, each has an equal part."""
     network_s: float
     """The way there (for the last server also the way back): this server's share of the time that no server accounts
     for, in proportion to what the links' pings took."""
@@ -51,10 +53,10 @@ def time_by_hop(
         ways_s: from the client to the server that begins at each block, one way.
     """
     hops = [hop for hop in (steps[-1] if steps else ()) if hop.start in peers]
-    queue_s = {hop.start: sum(one.queue_s for step in steps for one in step if one.start == hop.start) for hop in hops}
-    compute_s = {
-        hop.start: sum(one.compute_s for step in steps for one in step if one.start == hop.start) for hop in hops
-    }
+    pieces = {hop.start: [one for step in steps for one in step if one.start == hop.start] for hop in hops}
+    queue_s = {start: sum(one.queue_s for one in of_it) for start, of_it in pieces.items()}
+    compute_s = {start: sum(one.compute_s for one in of_it) for start, of_it in pieces.items()}
+    shares_s = {start: sum(one.compute_s / one.together for one in of_it) for start, of_it in pieces.items()}
     rest_s = max(0.0, total_s - sum(queue_s.values()) - sum(compute_s.values()))
     ways, before = [], None
     for hop in hops:
@@ -78,6 +80,7 @@ def time_by_hop(
                 hop.end,
                 queue_s[hop.start],
                 compute_s[hop.start],
+                shares_s[hop.start],
                 rest_s * way / whole,
                 relayed=index > 0 and hops[index - 1].link_s is None,
                 codec=hop.codec,

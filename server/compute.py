@@ -24,6 +24,8 @@ class Timed:
 
     queue_s: float
     compute_s: float
+    together: int
+    """Works that took this long together."""
 
 
 @dataclass(eq=False)
@@ -103,7 +105,12 @@ class ComputeThread:
                 results = [error] * len(jobs)
             ended = time.perf_counter()
             told = [
-                (job.future, result if isinstance(result, BaseException) else (result, _timed(job, begun, ended)))
+                (
+                    job.future,
+                    result
+                    if isinstance(result, BaseException)
+                    else (result, Timed(begun - job.submitted, ended - begun, len(jobs))),
+                )
                 for job, result in zip(jobs, results, strict=True)
             ]
             _tell(told)
@@ -123,10 +130,6 @@ class ComputeThread:
                     return jobs
                 self._changed.wait()
             return []
-
-
-def _timed(job: _Job, begun: float, ended: float) -> Timed:
-    return Timed(begun - job.submitted, ended - begun)
 
 
 def _tell(results: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:

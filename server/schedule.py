@@ -1,9 +1,9 @@
 """Decide what the device does next. Pure: what waits in, what to run out.
 
-Steps of a single position (decode) of all sessions run as one batch: the weights are read once for all of them. Where
-such steps and prompts (prefill) wait for one another, they take turns, so that nobody's token waits for more than one
-piece of somebody's prompt. What can wait (work for a standby) runs when nothing else is there. Within each kind, first
-come, first served; as a session has one step here at a time, that is fair.
+Steps of a position or a few (decode, short prompts) of all sessions run as one batch: the weights are read once for all
+of them. Where such steps and long prompts (prefill) wait for one another, they take turns, so that nobody's token waits
+for more than one piece of somebody's prompt. What can wait (work for a standby) runs when nothing else is there. Within
+each kind, first come, first served; as a session has one step here at a time, that is fair.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 MAX_TOGETHER = 64
-"""Sequences in one batch."""
+"""Positions in one batch, of all its sequences."""
 
 
 @dataclass(frozen=True)
 class Waiting:
     """A piece of work that waits for the device."""
 
-    rows: int = 1
-    """Sequences."""
+    positions: int = 1
+    """Of all its sequences."""
     group: Hashable = None
     """Works of one group can run together; None: it runs alone."""
     can_wait: bool = False
@@ -40,10 +40,10 @@ def choose(waiting: Sequence[Waiting], *, after_together: bool) -> list[int]:
     if not grouped or (alone and after_together):
         return alone[:1]
     chosen: list[int] = []
-    rows = 0
+    positions = 0
     for index in grouped:
         same = waiting[index].group == waiting[grouped[0]].group
-        if same and (not chosen or rows + waiting[index].rows <= MAX_TOGETHER):
+        if same and (not chosen or positions + waiting[index].positions <= MAX_TOGETHER):
             chosen.append(index)
-            rows += waiting[index].rows
+            positions += waiting[index].positions
     return chosen

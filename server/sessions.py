@@ -26,7 +26,7 @@ class HeldSession:
     reserved_positions: int
     """Per sequence."""
     together: Together | None = None
-    """How single positions may run together with those of other sessions."""
+    """How short steps may run together with those of other sessions."""
     reuses: bool = True
     """What was computed before, for whomever, is not computed again."""
     mask: torch.Tensor | None = field(default=None)
@@ -34,11 +34,26 @@ class HeldSession:
 
     def group(self, work: Work) -> tuple[int, int] | None:
         """The blocks on which `work` can run together with that of other sessions; None: it must run alone."""
-        single = work.hidden_states.shape[1] == 1 and work.mask is None and self.mask is None
-        return (self.span.start, self.span.end) if self.together is not None and single else None
+        if self.together is None or work.mask is not None or self.mask is not None:
+            return None
+        return (self.span.start, self.span.end) if work.hidden_states.shape[1] <= self.together.most_positions else None
 
-    def prepare(self, work: Work) -> None:
-        """Take the cache to where `work` begins."""
+    def run(self, work: Work) -> torch.Tensor:
+        """Run a step on the device; the result is on the CPU."""
+        known = self.take_up(work)
+        if not _is_part(known, work):
+            return known
+        states, _, ids = self.step(work, known.shape[1])
+        self.cache.begin(*states.shape[:2])
+        return self.complete(work, known, self.span.forward(states, self.cache, ids, self.mask))
+
+    def take_up(self, work: Work) -> torch.Tensor:
+        """Take the cache to where `work` begins, and past what the server has computed before.
+
+        Returns:
+            What the span makes of the positions that it has computed before, with the same before them (for whomever),
+            ``[batch, how many, hidden]`` on the CPU.
+        """
         self.cache.roll_back(work.position)
         if self.mask is not None:
             self.mask = self.mask[:, : work.position] if work.position else None
@@ -47,42 +62,27 @@ class HeldSession:
             self.cache.reorder_cache(rows)
             self.mask = self.mask[rows] if self.mask is not None else None
         self.batch = work.hidden_states.shape[0]
-
-    def run(self, work: Work) -> torch.Tensor:
-        """Run a step on the device; the result is on the CPU.
-
-        Positions that the server has computed before, with the same before them, are not computed again.
-        """
-        self.prepare(work)
         self._extend_mask(work)
-        if self.mask is not None or not self.reuses:
-            return self._compute(work, 0)
-        known = self.cache.reuse(work.hidden_states, work.position_ids)
-        done = known.shape[1] if known is not None else 0
-        if done == work.hidden_states.shape[1]:
-            assert known is not None
-            return known
-        output = self._compute(work, done)
-        self.remember(work, output, done)
-        return torch.cat([known, output], dim=1) if known is not None else output
+        known = self.cache.reuse(work.hidden_states, work.position_ids) if self._may_reuse else None
+        return known if known is not None else work.hidden_states[:, :0]
 
-    def inputs(self, work: Work, begin: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Hidden states and position ids where and as the span takes them, from the position `begin` of `work` on."""
+    def step(self, work: Work, begin: int) -> tuple[torch.Tensor, PagedCache, torch.Tensor | None]:
+        """As the span takes it, what is to be computed of `work` from its position `begin` on."""
         device, ids = self.span.device, work.position_ids
         states = work.hidden_states[:, begin:].to(device, self.span.dtype)
-        return states, ids[:, begin:].to(device) if ids is not None else None
+        return states, self.cache, ids[:, begin:].to(device) if ids is not None else None
 
-    def remember(self, work: Work, output: torch.Tensor, begin: int = 0) -> None:
-        """Let others reuse what was computed of `work`, from its position `begin` on."""
-        if not self.reuses:
-            return
-        ids = work.position_ids[:, begin:] if work.position_ids is not None else None
-        self.cache.remember(work.hidden_states[:, begin:], ids, output, work.position + begin)
+    def complete(self, work: Work, known: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """The result of `work` on the CPU: what was `known`, and then `output`, which is kept to be reused."""
+        output, begin = output.to("cpu"), known.shape[1]
+        if self._may_reuse:
+            ids = work.position_ids[:, begin:] if work.position_ids is not None else None
+            self.cache.remember(work.hidden_states[:, begin:], ids, output, work.position + begin)
+        return torch.cat([known, output], dim=1) if begin else output
 
-    def _compute(self, work: Work, begin: int) -> torch.Tensor:
-        states, ids = self.inputs(work, begin)
-        self.cache.begin(*states.shape[:2])
-        return self.span.forward(states, self.cache, ids, self.mask).to("cpu")
+    @property
+    def _may_reuse(self) -> bool:
+        return self.reuses and self.mask is None
 
     def _extend_mask(self, work: Work) -> None:
         batch, count, _ = work.hidden_states.shape
@@ -104,15 +104,17 @@ def run_steps(steps: Sequence[tuple[HeldSession, Work]]) -> list[torch.Tensor]:
     alone = first.group(steps[0][1]) is None or first.together is None or not first.together.runs_one_faster
     if len(steps) == 1 and alone:
         return [held.run(work) for held, work in steps]
-    for held, work in steps:
-        held.prepare(work)
-    inputs = [(held.cache, *held.inputs(work)) for held, work in steps]
     assert first.together is not None
-    outputs = first.together.forward(first.span, [(states, cache, ids) for cache, states, ids in inputs])
-    results = [output.to("cpu") for output in outputs]
-    for (held, work), result in zip(steps, results, strict=True):
-        held.remember(work, result)
-    return results
+    taken_up = [(held, work, held.take_up(work)) for held, work in steps]
+    rest = [held.step(work, known.shape[1]) for held, work, known in taken_up if _is_part(known, work)]
+    outputs = iter(first.together.forward(first.span, rest) if rest else ())
+    return [
+        held.complete(work, known, next(outputs)) if _is_part(known, work) else known for held, work, known in taken_up
+    ]
+
+
+def _is_part(known: torch.Tensor, work: Work) -> bool:
+    return known.shape[1] < work.hidden_states.shape[1]
 
 
 class SessionTable:

@@ -148,7 +148,7 @@ class StreamServer:
             CacheFull: there is no room for it.
         """
         table.grow(held, work)
-        waiting = Waiting(work.hidden_states.shape[0], held.group(work), can_wait)
+        waiting = Waiting(work.hidden_states.shape[:2].numel(), held.group(work), can_wait)
         begun = self.compute.begin((held, work), run_steps, waiting)
         self._steps_under_way += 1
         begun.add_done_callback(self._step_ended)
@@ -324,7 +324,7 @@ class SessionStream:
                 return
             for number, (link, _) in self._links.items():
                 self._session.link_measured(number, link.one_way_s)
-            actions = self._session.computed(output, timed.queue_s, timed.compute_s)
+            actions = self._session.computed(output, timed.queue_s, timed.compute_s, timed.together)
         self._act(actions)
         await self._flush()
 

@@ -10,7 +10,7 @@ from swarm.server.schedule import MAX_TOGETHER, Waiting, choose
 quick = settings(deadline=None, max_examples=300)
 WORKS = st.builds(
     Waiting,
-    rows=st.integers(1, 40),
+    positions=st.integers(1, 40),
     group=st.none() | st.sampled_from([(0, 2), (2, 4)]),
     can_wait=st.booleans(),
 )
@@ -25,7 +25,7 @@ def test_what_is_chosen_can_run_as_one_batch(waiting: list[Waiting], after_toget
     works = [waiting[index] for index in chosen]
     assert len({work.group for work in works}) == 1
     assert len(works) == 1 or works[0].group is not None
-    assert len(works) == 1 or sum(work.rows for work in works) <= MAX_TOGETHER
+    assert len(works) == 1 or sum(work.positions for work in works) <= MAX_TOGETHER
     assert not any(work.can_wait for work in works) or all(work.can_wait for work in waiting)
 
 
@@ -65,6 +65,6 @@ def test_what_can_wait_waits_and_runs_together_when_nothing_else_is_there() -> N
 
 
 def test_a_batch_that_is_too_large_alone_still_runs() -> None:
-    beams = Waiting(rows=MAX_TOGETHER + 1, group="all")
+    beams = Waiting(positions=MAX_TOGETHER + 1, group="all")
     assert choose([beams, TOKEN], after_together=False) == [0]
     assert choose([TOKEN, beams, TOKEN], after_together=False) == [0, 2]

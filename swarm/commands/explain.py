@@ -87,6 +87,7 @@ def _median(hops: list[HopTiming]) -> HopTiming:
         hops[-1],
         queue_s=statistics.median(hop.queue_s for hop in hops),
         compute_s=statistics.median(hop.compute_s for hop in hops),
+        compute_share_s=statistics.median(hop.compute_share_s for hop in hops),
         network_s=statistics.median(hop.network_s for hop in hops),
     )
 

@@ -1,4 +1,4 @@
-"""Decode steps of blocks built as Llama's, without what a transformers layer does around every operation.
+"""Short steps of blocks built as Llama's, without what a transformers layer does around every operation.
 
 A block is Llama's if it is built of the same parts: RMS norms before attention and before a gated MLP, rotary
 embeddings over whole heads, grouped queries (Llama, Mistral, Qwen 2 and 3, SmolLM 3, …). Query, key and value are one
@@ -38,9 +38,13 @@ def fuse_projections(span: Span) -> None:
 
 
 class FastBlocks:
-    """A way to run sessions together (:class:`swarm.models.together.Together`), and one alone."""
+    """A way to run sessions together (:class:`swarm.models.together.Together`), and one alone.
+
+    All positions of all sessions are one ragged dimension, and only attention looks at them sequence by sequence.
+    """
 
     runs_one_faster = True
+    most_positions = 32
 
     def __init__(self, rotary: nn.Module, blocks: dict[int, _Block]) -> None:
         self._rotary, self._blocks = rotary, blocks
@@ -61,9 +65,8 @@ class FastBlocks:
     @torch.inference_mode()
     def forward(self, span: Span, steps: Steps) -> list[torch.Tensor]:
         """See :class:`swarm.models.together.Together`."""
-        rows = [states.shape[0] for states, _, _ in steps]
         position_ids = begin_together(steps)
-        states = torch.cat([states for states, _, _ in steps])
+        states = torch.cat([states.reshape(-1, 1, states.shape[2]) for states, _, _ in steps])
         cos, sin = self._rotary(states, position_ids)
         half = sin.shape[-1] // 2
         turn = _Turn(cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1), half)
@@ -71,7 +74,8 @@ class FastBlocks:
         hidden = states.squeeze(1)
         for number in range(span.start, span.end):
             hidden = self._blocks[number].forward(hidden, turn, caches)
-        return list(hidden.unsqueeze(1).split(rows))
+        outputs = hidden.split([states.shape[:2].numel() for states, _, _ in steps])
+        return [output.view_as(states) for output, (states, _, _) in zip(outputs, steps, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -79,41 +83,63 @@ class _Turn:
     """Rotary embeddings of the positions: ``x · cos + (x with its halves exchanged) · sin``."""
 
     cos: torch.Tensor
-    """[rows, 1, size]"""
+    """[positions, 1, size]"""
     sin: torch.Tensor
     """Likewise, the first half negative."""
     half: int
 
     def of(self, heads: torch.Tensor) -> torch.Tensor:
-        """``[rows, heads, size]`` turned."""
+        """``[positions, heads, size]`` turned."""
         return torch.addcmul(heads * self.cos, heads.roll(self.half, -1), self.sin)
 
 
 class _Caches:
-    """The caches of all sessions of a batch, sequence by sequence."""
+    """The caches of all sessions of a batch, sequence by sequence, with the positions begun last of each."""
 
     def __init__(self, caches: Sequence[PagedCache]) -> None:
         self.pool = caches[0].pool
         self.slots = torch.cat([cache.slots for cache in caches]) if len(caches) > 1 else caches[0].slots
-        self._rows = [(cache, row) for cache in caches for row in range(cache.rows)]
-        self._runs: dict[int | None, list[list[tuple[int, int]]]] = {}
+        self._sequences = [(cache, row) for cache in caches for row in range(cache.rows)]
+        self._counts = [cache.length - cache.begun for cache, _ in self._sequences]
+        self._views: dict[int | None, list[_View]] = {}
 
     def attend(self, number: int, query: torch.Tensor, scaling: float) -> torch.Tensor:
-        """Attention in layer `number` of the pool, for ``[rows, key heads, queries of each, size]``."""
+        """Attention in layer `number` of the pool, for ``[positions, key heads, queries of each, size]``."""
         keys, values = self.pool.keys[number], self.pool.values[number]
-        query = query * scaling
-        rows = [
-            _attend(one, _gathered(keys, runs), _gathered(values, runs))
-            for one, runs in zip(query, self._runs_within(self.pool.shapes[number].window), strict=True)
+        parts = [
+            _attend(part, _gathered(keys, view.runs), _gathered(values, view.runs), view.mask)
+            for part, view in zip(
+                (query * scaling).split(self._counts), self._views_within(self.pool.shapes[number].window), strict=True
+            )
         ]
-        return torch.stack(rows) if len(rows) > 1 else rows[0].unsqueeze(0)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _runs_within(self, window: int | None) -> list[list[tuple[int, int]]]:
-        if window not in self._runs:
-            self._runs[window] = [
-                cache.runs(row, cache.length if window is None else window) for cache, row in self._rows
-            ]
-        return self._runs[window]
+    def _views_within(self, window: int | None) -> list[_View]:
+        if window not in self._views:
+            self._views[window] = [_View.of(cache, row, window) for cache, row in self._sequences]
+        return self._views[window]
+
+
+@dataclass(frozen=True)
+class _View:
+    """What the positions of a sequence that were begun last look at."""
+
+    runs: list[tuple[int, int]]
+    """Where it stands in the pool."""
+    mask: torch.Tensor | None
+    """To be added to scores, ``[positions begun, 1, positions in runs]``; None: each sees all."""
+
+    @classmethod
+    def of(cls, cache: PagedCache, row: int, window: int | None) -> _View:
+        count = cache.length - cache.begun
+        seen = cache.length if window is None else min(cache.length, window + count - 1)
+        runs = cache.runs(row, seen)
+        if count == 1:
+            return cls(runs, None)
+        back = torch.arange(cache.begun, cache.length).view(-1, 1, 1) - torch.arange(cache.length - seen, cache.length)
+        hidden = back < 0 if window is None else (back < 0) | (back >= window)
+        mask = torch.zeros(hidden.shape, dtype=cache.pool.keys[0].dtype).masked_fill_(hidden, -torch.inf)
+        return cls(runs, mask.to(cache.pool.device))
 
 
 def _gathered(tensor: torch.Tensor, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
@@ -122,12 +148,14 @@ def _gathered(tensor: torch.Tensor, runs: Sequence[tuple[int, int]]) -> torch.Te
     return torch.cat([tensor[:, begin:end] for begin, end in runs], dim=1)
 
 
-def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """``[heads, n, size]`` × ``[heads, positions, size]`` × ``[heads, positions, size]`` → ``[heads, n, size]``."""
-    scores = torch.bmm(query, keys.transpose(1, 2))
-    if scores.dtype is not torch.float32:
-        return torch.bmm(scores.softmax(-1, dtype=torch.float32).to(query.dtype), values)
-    return torch.bmm(scores.softmax(-1), values)
+def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """``[n, heads, of each, size]``, with ``[heads, positions, size]`` of keys and of values; as `query`."""
+    count, heads, each, size = query.shape
+    scores = torch.bmm(query.transpose(0, 1).reshape(heads, -1, size), keys.transpose(1, 2))
+    if mask is not None:
+        scores = (scores.view(heads, count, each, -1) + mask).view(heads, count * each, -1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return torch.bmm(weights, values).view(heads, count, each, size).transpose(0, 1)
 
 
 @dataclass(frozen=True)
@@ -192,7 +220,7 @@ class _Block:
         )
 
     def forward(self, hidden: torch.Tensor, turn: _Turn, caches: _Caches) -> torch.Tensor:
-        """``[rows, hidden]``"""
+        """``[positions, hidden]``"""
         rows, heads, key_heads, size = hidden.shape[0], self.heads, self.key_heads, self.size
         projected = self.projections(self.before_attention(hidden)).view(rows, heads + 2 * key_heads, size)
         turned, values = projected.split([heads + key_heads, key_heads], dim=1)

@@ -9,15 +9,16 @@ import torch
 from swarm.models.paged_cache import PagedCache
 
 Steps = Sequence[tuple[torch.Tensor, PagedCache, torch.Tensor | None]]
-"""Of every session the hidden states ``[rows, 1, hidden]``, its cache, and ``position_ids`` ``[rows, 1]`` (default: the
-position that follows)."""
+"""Of every session the hidden states ``[rows, n, hidden]``, its cache, and ``position_ids`` ``[rows, n]`` (default: the
+positions that follow); n may be another for each."""
 
 
 def begin_together(steps: Steps) -> torch.Tensor:
-    """Make room for a position of each; returns their ``position_ids``, ``[rows, 1]``."""
+    """Make room for the positions of each; returns the ``position_ids`` of all, in a row, ``[positions, 1]``."""
     all_ids = []
     for states, cache, ids in steps:
-        rows = states.shape[0]
-        all_ids.append(ids if ids is not None else torch.full((rows, 1), cache.length, device=states.device))
-        cache.begin(rows, 1)
+        rows, count, _ = states.shape
+        following = torch.arange(cache.length, cache.length + count, device=states.device).expand(rows, count)
+        all_ids.append((ids if ids is not None else following).reshape(-1, 1))
+        cache.begin(rows, count)
     return torch.cat(all_ids) if len(all_ids) > 1 else all_ids[0]

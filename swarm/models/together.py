@@ -1,4 +1,4 @@
-"""Run the next position of many sequences in one pass, although each has a KV cache of its own.
+"""Run the next positions of many sequences in one pass, although each has a KV cache of its own.
 
 Everything in a decoder layer but attention treats each position by itself, so the weights need to be read only once
 for all of them (continuous batching: Yu et al. 2022, "Orca"). Attention looks at one session at a time: it is called
@@ -26,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from swarm.models.fast_blocks import FastBlocks, fuse_projections
 from swarm.models.paged_cache import PagedCache, PagePool
+from swarm.models.pages import PAGE
 from swarm.models.span import Span
 from swarm.models.steps import Steps, begin_together
 from swarm.models.weight_layout import lay_out_span
@@ -91,11 +92,13 @@ class Together(Protocol):
 
     runs_one_faster: bool
     """It is also the faster way for a single session."""
+    most_positions: int
+    """A step of so many positions at most can run in this way."""
 
     def forward(self, span: Span, steps: Steps) -> list[torch.Tensor]:
-        """Run one position of each sequence of several sessions, as :meth:`Span.forward` would run them one by one.
+        """Run the next positions of several sessions, as :meth:`Span.forward` would run them one by one.
 
-        No session may have padding. Returns ``[rows, 1, hidden]`` of every session.
+        No session may have padding. Returns ``[rows, n, hidden]`` of every session.
         """
         ...
 
@@ -106,6 +109,7 @@ class ThroughLayers:
 
     padded: bool
     runs_one_faster: ClassVar[bool] = False
+    most_positions: ClassVar[int] = 1
 
     @torch.inference_mode()
     def forward(self, span: Span, steps: Steps) -> list[torch.Tensor]:
@@ -154,10 +158,10 @@ def _works(way: Together, span: Span, hidden_size: int) -> bool:
     def states(rows: int, positions: int) -> torch.Tensor:
         return torch.randn(rows, positions, hidden_size, generator=random).to(span.device, span.dtype)
 
-    prompts, tokens = [states(1, 3), states(2, 7)], [states(1, 1), states(2, 1)]
+    prompts, tokens = [states(1, 3), states(2, 7)], [states(1, 1), states(2, min(4, way.most_positions))]
     pool = PagePool.for_span(span, hidden_size, pages=3)
     alone = [span.new_cache() for _ in prompts]
-    together = [pool.new_cache(span.start, span.end, 8) for _ in prompts]
+    together = [pool.new_cache(span.start, span.end, PAGE) for _ in prompts]
     for prompt, cache, paged in zip(prompts, alone, together, strict=True):
         span.forward(prompt, cache)
         paged.begin(*prompt.shape[:2])

@@ -166,6 +166,8 @@ class HopTime(_Message):
     """Waited for the device."""
     compute_s: Seconds
     """The device worked on it."""
+    together: int = Field(default=1, ge=1, le=MAX_POSITIONS)
+    """The sessions that it worked on in that time, this one included."""
     link_s: Seconds | None = None
     """From here to the successor, one way, as the link's pings showed it (0: none came back yet); None: through the
     client."""

@@ -193,8 +193,8 @@ class ServedSession:
             case _:
                 raise ProtocolError(f"unexpected message {message.type!r} in a session")
 
-    def computed(self, output: torch.Tensor, queue_s: float, compute_s: float) -> list[Action]:
-        """The running work is done; `output` is ``[batch, n, hidden]`` on the CPU."""
+    def computed(self, output: torch.Tensor, queue_s: float, compute_s: float, together: int = 1) -> list[Action]:
+        """The running work is done; `output` is ``[batch, n, hidden]`` on the CPU. The rest is for :class:`HopTime`."""
         work, self._running = self._running, None
         assert work is not None
         if self._discard_running:
@@ -211,7 +211,7 @@ class ServedSession:
                 if self.standby and not self._settled:  # from the first step on, without a replay
                     self._settled = True
                     actions.append(ToClient(Replayed(sequence=step.sequence)))
-                actions += self._send_on(step, output.shape[1], (queue_s, compute_s))
+                actions += self._send_on(step, output.shape[1], (queue_s, compute_s, together))
             case Replay() as part:
                 actions += self._replay_on(part, output.shape[1])
         return actions + self._next()
@@ -365,8 +365,8 @@ class ServedSession:
         self._waiting_positions -= self._running.hidden_states.shape[:2].numel()
         return [Compute(self._running)]
 
-    def _send_on(self, step: Step, count: int, seconds: tuple[float, float] = (0.0, 0.0)) -> list[Action]:
-        """Send a step's result on, which is in the history; `seconds`: waited and computed, if that was just now."""
+    def _send_on(self, step: Step, count: int, spent: tuple[float, float, int] = (0.0, 0.0, 1)) -> list[Action]:
+        """Send a step's result on, which is in the history; `spent`: what :meth:`computed` was told of it just now."""
         begin, end = step.position, step.position + count
         if self.standby:
             self._withheld.append((step, count))
@@ -378,7 +378,7 @@ class ServedSession:
             if not successor.open:
                 continue
             successor.fresh = False
-            hops = [*step.hops, self._time(successor, *seconds)]
+            hops = [*step.hops, self._time(successor, *spent)]
             tensors = self._encoded(begin, end)
             if successor.through_client:
                 output = Output(sequence=step.sequence, hops=hops, tensors=[])
@@ -388,13 +388,14 @@ class ServedSession:
                 actions.append(ToSuccessor(successor.link, on, tensors))
         return actions
 
-    def _time(self, successor: _Successor, queue_s: float, compute_s: float) -> HopTime:
+    def _time(self, successor: _Successor, queue_s: float, compute_s: float, together: int) -> HopTime:
         request = self._request
         return HopTime(
             start=request.start,
             end=request.end,
             queue_s=queue_s,
             compute_s=compute_s,
+            together=together,
             link_s=None if successor.through_client else successor.link_s or 0.0,
             codec=request.codec,
         )
