@@ -15,6 +15,7 @@ import pytest
 import torch
 from tiny_models import save_tiny_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from warm_start import WarmLoopback
 
 from swarm.client import AutoDistributedModelForCausalLM
 from swarm.commands.local_swarm import LocalSwarm
@@ -97,10 +98,18 @@ def smollm2(swarm_home: None) -> SmolLM2:
     return SmolLM2(checkpoint, load_whole_model(checkpoint), checkpoint.tokenizer())
 
 
+@pytest.fixture(scope="session")
+def warm(swarm_home: None) -> Iterator[WarmLoopback]:
+    """Starts processes on loopback that need not import everything anew."""
+    host = WarmLoopback()
+    yield host
+    host.close()
+
+
 @pytest.fixture(scope="module")
-def swarm(swarm_home: None) -> Iterator[LocalSwarm]:
+def swarm(warm: WarmLoopback) -> Iterator[LocalSwarm]:
     """A bootstrap peer; the test module starts the servers that it needs."""
-    with LocalSwarm() as local:
+    with LocalSwarm(warm) as local:
         yield local
 
 

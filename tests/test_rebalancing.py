@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from live_swarm import Talker, moves, redundancy, seen_until, until
 from safetensors import safe_open
 from tiny_models import TINY_MODELS
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -29,8 +29,6 @@ from swarm.models.local import load_whole_model
 BLOCKS, BLOCKS_EACH = 12, 4
 STEADY_S = float(os.environ.get("SWARM_STEADY_S", "30"))
 """For so long nobody may move once everybody is in place."""
-RECOVERY_S = 90.0
-"""Much more than it takes: the lease of those who died, a look around, a claim, loading; on a busy machine."""
 AUTO = [
     "--num-blocks", str(BLOCKS_EACH), "--threads", "1", "--kv-tokens", "8192", "--drain-timeout", "5",
     "--rebalance-every", "2", "--claim-wait", "1", "--settle-wait", "2", "--move-cost", "5", "--move-horizon", "120",
@@ -58,59 +56,6 @@ async def network(swarm: LocalSwarm) -> AsyncIterator[Network]:
     await joined.leave()
 
 
-async def seen_until(
-    network: Network, model: str, done: Callable[[Sequence[Announcement]], bool], within_s: float = RECOVERY_S
-) -> Sequence[Announcement]:
-    """Look at the directory until `done`; fails with what was seen last."""
-    digest, deadline = open_checkpoint(model).model_digest, time.monotonic() + within_s
-    while not done(servers := await network.servers(digest)):
-        if time.monotonic() > deadline:
-            pytest.fail("\n".join(f"{one.state} {one.start}:{one.end} {one.throughput:.0f}/s" for one in servers))
-        await asyncio.sleep(0.1)
-    return servers
-
-
-def redundancy(servers: Sequence[Announcement], blocks: int = BLOCKS) -> list[int]:
-    return [sum(one.hosts(block) for one in servers if one.state is State.ONLINE) for block in range(blocks)]
-
-
-def moves(servers: Sequence[Announcement]) -> int:
-    return sum(one.moves for one in servers)
-
-
-class Talker(threading.Thread):
-    """A client that goes on with one answer, a few tokens at a time, until it is told to stop."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__(daemon=True)
-        self._model, self._enough = model, threading.Event()
-        self.ids = torch.tensor([[5, 9, 33, 71]])
-        self.error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            with self._model.inference_session(max_length=2048) as session:
-                inputs: tuple[torch.Tensor, ...] = (self.ids,)
-                while not self._enough.wait(0.2) and self.ids.shape[1] < 2000:
-                    new = self._model.generate(
-                        *inputs, session=session, do_sample=False, max_new_tokens=3, min_new_tokens=3
-                    )
-                    self.ids = torch.cat([self.ids, new], dim=1) if not inputs else new
-                    inputs = ()
-        except BaseException as error:
-            self.error = error
-
-    def answer(self) -> torch.Tensor:
-        """Stop; what was said, prompt included."""
-        self._enough.set()
-        self.join(60)
-        assert not self.is_alive()
-        if self.error is not None:
-            raise self.error
-        return self.ids
-
-
 async def test_a_swarm_balances_itself_and_a_client_notices_nothing(
     swarm: LocalSwarm,
     connect: Callable[..., Any],
@@ -124,7 +69,7 @@ async def test_a_swarm_balances_itself_and_a_client_notices_nothing(
     peers = [swarm.start_server(model, *AUTO, wait=False) for _ in range(6)]
     for peer in peers:
         await asyncio.to_thread(peer.wait_until_ready)
-    servers = await seen_until(network, model, lambda servers: redundancy(servers) == [2] * BLOCKS)
+    servers = await seen_until(network, model, lambda servers: redundancy(servers, BLOCKS) == [2] * BLOCKS)
     record_property("moves_after_join", moves(servers))
 
     # Three are killed, among them all who host the first block: coverage returns, and tokens go on.
@@ -137,7 +82,7 @@ async def test_a_swarm_balances_itself_and_a_client_notices_nothing(
         swarm.server(peer_id).kill()
     before = talker.ids.shape[1]
     servers = await seen_until(
-        network, model, lambda servers: len(servers) == 3 and redundancy(servers) == [1] * BLOCKS
+        network, model, lambda servers: len(servers) == 3 and redundancy(servers, BLOCKS) == [1] * BLOCKS
     )
     record_property("coverage_returned_s", time.monotonic() - killed)
     await asyncio.to_thread(until, lambda: talker.ids.shape[1] > before + 10 or talker.error is not None)
@@ -147,7 +92,7 @@ async def test_a_swarm_balances_itself_and_a_client_notices_nothing(
     for peer in fixed:
         await asyncio.to_thread(peer.wait_until_ready)
     servers = await seen_until(
-        network, model, lambda servers: len(servers) == 5 and sorted(redundancy(servers)) == [1] * 4 + [2] * 8
+        network, model, lambda servers: len(servers) == 5 and sorted(redundancy(servers, BLOCKS)) == [1] * 4 + [2] * 8
     )
 
     # From now on nobody moves.
@@ -164,13 +109,6 @@ async def test_a_swarm_balances_itself_and_a_client_notices_nothing(
     record_property("tokens", count)
     expected = whole.generate(ids[:, :4], do_sample=False, max_new_tokens=count, min_new_tokens=count)
     assert ids.tolist() == expected.tolist()
-
-
-def until(condition: Callable[[], bool], within_s: float = RECOVERY_S) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 async def make_it_want_to_move(swarm: LocalSwarm, model: str, mover: LocalPeer) -> None:

@@ -146,7 +146,8 @@ class LocalSwarm:
     """
 
     def __init__(self, host: Host = _LOOPBACK) -> None:
-        """Start the bootstrap peer on `host` and wait for it."""
+        """Start the bootstrap peer on `host`, where servers go too unless they are told otherwise, and wait for it."""
+        self._host = host
         self.servers: list[LocalPeer] = []
         self._directory = tempfile.TemporaryDirectory(prefix="swarm-local-")
         self.bootstrap = self._start(host, "bootstrap", ["-m", "swarm.commands.main", "bootstrap"])
@@ -167,12 +168,12 @@ class LocalSwarm:
         *arguments: str,
         wait: bool = True,
         ready_timeout_s: float = READY_TIMEOUT_S,
-        host: Host = _LOOPBACK,
+        host: Host | None = None,
         program: str = "swarm.commands.server",
     ) -> LocalPeer:
         """Start ``swarm-server MODEL …`` (the module `program`) and, unless told not to, wait until it serves."""
         peer = self._start(
-            host,
+            host or self._host,
             f"server {len(self.servers) + 1}",
             ["-m", program, model, *arguments, "--initial-peers", *self.initial_peers],
         )
