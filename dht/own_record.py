@@ -1,10 +1,18 @@
-"""A record of this peer's own in the DHT, published again and again."""
+"""A record of this peer's own in the DHT, published again and again.
+
+hivemind's ``store`` looks for the nodes that are to keep a record by asking for the key itself, and whoever keeps the
+key sends all of its records along: with 1,000 servers, several megabytes for every renewal. So the way is asked beside
+the key, where nothing can be stored.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import time
+from collections.abc import Iterator
 
-from swarm.transport.lean_hivemind import DHTNode
+from swarm.transport.lean_hivemind import DHTID, DHTNode, DHTRecord, PeerID
 
 
 class OwnRecord:
@@ -20,9 +28,47 @@ class OwnRecord:
 
     async def store(self, key: str, peer_id: str, packed: bytes) -> bool:
         """Say `packed` under `key` for one lease; returns whether at least one node of the DHT stored it."""
+        key_id = DHTID.generate(source=key)
+        nearest = await nearest_nodes(self._dht, key_id)
         # The DHT keeps the record that expires last, so a later one must expire later.
         self._last_expiration = max(time.time() + self._lease_s, self._last_expiration + 1e-3)
-        stored: bool = await self._dht.store(
-            key=key, subkey=peer_id, value=packed, expiration_time=self._last_expiration
-        )
-        return stored
+        record = self._signed(key_id, peer_id, packed)
+        untried = iter(nearest.items())
+        async with asyncio.TaskGroup() as tasks:
+            replicas = [
+                tasks.create_task(self._store_once(record, key_id, peer_id, untried))
+                for _ in range(self._dht.num_replicas)
+            ]
+        return any(replica.result() for replica in replicas)
+
+    async def _store_once(
+        self, record: DHTRecord, key_id: DHTID, peer_id: str, untried: Iterator[tuple[DHTID, PeerID]]
+    ) -> bool:
+        """Store one replica, on the first of the nodes that answers; returns whether that took it."""
+        protocol = self._dht.protocol
+        for node_id, node_peer_id in untried:
+            if node_id == self._dht.node_id:
+                is_valid = protocol.record_validator is None or protocol.record_validator.validate(record)
+                return is_valid and protocol.storage.store(key_id, record.value, record.expiration_time, subkey=peer_id)
+            stored = await protocol.call_store(
+                node_peer_id, [key_id], [record.value], [record.expiration_time], [peer_id]
+            )
+            if stored is not None:
+                return bool(stored[0])
+        return False
+
+    def _signed(self, key_id: DHTID, peer_id: str, packed: bytes) -> DHTRecord:
+        protocol = self._dht.protocol
+        dumps = protocol.serializer.dumps
+        record = DHTRecord(key_id.to_bytes(), dumps(peer_id), dumps(packed), self._last_expiration)
+        return dataclasses.replace(record, value=protocol.record_validator.sign_value(record))
+
+
+async def nearest_nodes(dht: DHTNode, key_id: DHTID) -> dict[DHTID, PeerID]:
+    """The nodes that are to keep a key, and some more in case these are gone, nearest first; none of them is asked for
+    what it keeps."""
+    beside = DHTID(int(key_id) ^ 1)  # as far from every node, but for the last bit
+    found: dict[DHTID, dict[DHTID, PeerID]] = await dht.find_nearest_nodes(
+        [beside], exclude_self=dht.protocol.client_mode
+    )
+    return found[beside]
