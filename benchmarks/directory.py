@@ -11,7 +11,7 @@ Bytes are what a p2pd receives and sends, both ends' overhead included.
 What grows with what: a look-up's bytes and time with the servers of the model, as a client reads all their records
 (measured at a quarter, too, hence the figures per 1,000); an announcement does not, but each of the five nodes that
 keep the model's records receives one from every server every four seconds: `keeper_cpu_share` is which part of a core
-that takes one, reckoned from what an announcement costs all nodes together. With more nodes a search takes more steps
+that takes one, measured with records that come one by one. With more nodes a search takes more steps
 (their logarithm); 32 are few. Latencies of the internet are not in it: a search waits for some round trips in turn.
 """
 
@@ -35,7 +35,8 @@ from swarm.transport.node import Node
 _PROCESSES = 4
 _REFRESH_S = 5.0
 """The crowd's records are stored anew before what is measured takes so long that they run out."""
-_KEEPERS = 5
+_ONE_BY_ONE = 40
+"""Of the crowd's records so many are also stored in messages of their own."""
 _POLL_S = 0.25
 
 
@@ -51,7 +52,7 @@ def main() -> None:
 async def measure(report: Report, servers: int, nodes: int, processes: int = _PROCESSES) -> dict[str, Any]:
     """The figures for so many announced servers and nodes."""
     clients, renewals = (3, 10) if report.quick else (7, 30)
-    async with _member([]) as (first, _):
+    async with member([]) as (first, _):
         report.progress(f"starting {nodes} nodes in {processes} processes")
         peers = await first.addresses()
         async with node_processes(processes, nodes // processes, peers) as children:
@@ -74,12 +75,13 @@ async def measure(report: Report, servers: int, nodes: int, processes: int = _PR
         "lookup_s_per_1000_servers": growth_s,
         "lookup_bytes_per_server": per_server,
         "announce_cpu_ms_of_all_nodes": announced["cpu_s"] * 1e3,
-        "keeper_cpu_share": announced["cpu_s"] * servers / RENEWAL_S / _KEEPERS,
+        "keeper_cpu_share": announced["keeper_cpu_s"] * servers / RENEWAL_S,
     }
 
 
 @asynccontextmanager
-async def _member(peers: Sequence[str], *, client_only: bool = False) -> AsyncIterator[tuple[Node, Directory]]:
+async def member(peers: Sequence[str], *, client_only: bool = False) -> AsyncIterator[tuple[Node, Directory]]:
+    """A node of this process that joins through `peers` and leaves at the end."""
     async with AsyncExitStack() as stack:
         node = await Node.start(listen=() if client_only else LOOPBACK, client_only=client_only)
         stack.push_async_callback(node.stop)
@@ -90,15 +92,15 @@ async def _member(peers: Sequence[str], *, client_only: bool = False) -> AsyncIt
 
 async def _lookups(report: Report, peers: Sequence[str], servers: int, clients: int) -> dict[str, float]:
     crowd, joins, firsts, laters, sizes = Crowd(servers), list[float](), list[float](), list[float](), list[int]()
-    async with _member(peers) as (_, directory):
+    async with member(peers) as (_, directory):
         for _ in range(clients):
             stored_s = await crowd.announce(directory)
             begun = time.perf_counter()
-            async with _member(peers, client_only=True) as (node, client):
+            async with member(peers, client_only=True) as (node, client):
                 joins.append(time.perf_counter() - begun)
-                received = _received_bytes(node)
+                received = received_bytes(node)
                 firsts.append(await _timed_lookup(client, servers))
-                sizes.append(_received_bytes(node) - received)
+                sizes.append(received_bytes(node) - received)
                 await crowd.announce(directory)
                 laters.append(await _timed_lookup(client, servers))
             report.progress(
@@ -127,32 +129,36 @@ async def _announcements(
 ) -> dict[str, float]:
     crowd, times = Crowd(servers), list[float]()
     moved = cpu_s = 0.0
-    async with _member(peers) as (_, other), _member(peers) as (node, directory):
+    async with member(peers) as (_, other), member(peers) as (node, directory):
         await directory.announce(announcement(node.peer_id))
         fresh_until = 0.0
         for _ in range(renewals):
             if time.monotonic() > fresh_until:
                 await crowd.announce(other)
                 fresh_until = time.monotonic() + _REFRESH_S
-            before, busy_s = _moved_bytes(node), _cpu_s(children)
+            before, busy_s = moved_bytes(node), _cpu_s(children)
             begun = time.perf_counter()
             if not await directory.announce(announcement(node.peer_id)):
                 raise RuntimeError("nobody stored an announcement")
             times.append(time.perf_counter() - begun)
-            moved += _moved_bytes(node) - before
+            moved += moved_bytes(node) - before
             cpu_s += _cpu_s(children) - busy_s
+        busy_s = _cpu_s(children)
+        await crowd.announce(other, at_once=1, members=_ONE_BY_ONE)
+        keeper_cpu_s = (_cpu_s(children) - busy_s) / _ONE_BY_ONE / other.dht.num_replicas
     report.progress(f"{servers} servers: announcing takes {statistics.median(times):.3f} s, {moved / renewals:,.0f} B")
     return {
         "announce_s": statistics.median(times),
         "announce_bytes": moved / renewals,
         "cpu_s": cpu_s / renewals,
+        "keeper_cpu_s": keeper_cpu_s,
     }
 
 
 async def _gone_after_kill_s(report: Report, peers: Sequence[str], servers: int) -> float:
     """The longest time until one of some killed servers was gone from a client's view, in seconds."""
     async with (
-        _member(peers, client_only=True) as (_, client),
+        member(peers, client_only=True) as (_, client),
         node_processes(servers, 1, peers, announcing=True) as children,
     ):
         theirs = {child.peer_ids[0] for child in children}
@@ -172,11 +178,12 @@ async def _gone_after_kill_s(report: Report, peers: Sequence[str], servers: int)
     return gone_s
 
 
-def _received_bytes(node: Node) -> int:
+def received_bytes(node: Node) -> int:
+    """What a daemon has read: nearly all of it from the network."""
     return int(psutil.Process(node.daemon_pid).io_counters().read_chars)
 
 
-def _moved_bytes(node: Node) -> float:
+def moved_bytes(node: Node) -> float:
     """What a daemon received from the network and sent there: it reads and writes all of that twice, once for us."""
     counters = psutil.Process(node.daemon_pid).io_counters()
     return (counters.read_chars + counters.write_chars) / 2

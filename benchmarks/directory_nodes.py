@@ -28,8 +28,7 @@ from swarm.transport.node import Node
 MODEL, BLOCKS = "d1" * 32, 80
 LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
 _SPAN = 16
-_AT_ONCE = 50
-"""Records in one message; together they stay well under what a message may hold."""
+_TRIES = 4
 
 
 class Crowd:
@@ -43,12 +42,17 @@ class Crowd:
         self._identities = [Identity(Ed25519PrivateKey.generate(), Path(os.devnull)) for _ in range(servers)]
         self._key = DHTID.generate(source=directory_key(MODEL))
 
-    async def announce(self, directory: Directory) -> float:
-        """Store one fresh record of everybody for one lease; returns the seconds until the last node had them."""
+    async def announce(self, directory: Directory, *, at_once: int = 50, members: int | None = None) -> float:
+        """Store one fresh record of everybody for one lease; returns the seconds until the last node had them.
+
+        Args:
+            at_once: so many records in one message; 50 stay well under what one may hold.
+            members: only of so many.
+        """
         begun = time.perf_counter()
         expires_at = time.time() + LEASE_S
-        subkeys = [one.peer_id for one in self._identities]
-        values = [self._signed(number, expires_at) for number in range(len(self._identities))]
+        subkeys = [one.peer_id for one in self._identities[:members]]
+        values = [self._signed(number, expires_at) for number in range(len(subkeys))]
         dht = directory.dht
         # Beside the key, where nothing is stored: so that those who are asked for the way send no records back.
         found = await dht.find_nearest_nodes([DHTID(int(self._key) ^ 1)], k_nearest=dht.num_replicas, exclude_self=True)
@@ -56,16 +60,19 @@ class Crowd:
 
         async def store(peer_id: object, some: slice) -> None:
             count = len(subkeys[some])
-            stored = await dht.protocol.call_store(
-                peer_id, [self._key] * count, values[some], [expires_at] * count, subkeys[some]
-            )
-            if stored is None or not all(stored):
-                raise RuntimeError(f"{peer_id} did not store the crowd's records: {stored}")
+            for _ in range(_TRIES):  # a busy node may not answer in time
+                stored = await dht.protocol.call_store(
+                    peer_id, [self._key] * count, values[some], [expires_at] * count, subkeys[some]
+                )
+                if stored is not None:
+                    break
+            else:
+                raise RuntimeError(f"{peer_id} stored none of the crowd's records")
 
-        for begin in range(0, len(subkeys), _AT_ONCE):
+        for begin in range(0, len(subkeys), at_once):
             async with asyncio.TaskGroup() as tasks:
                 for peer_id in keepers.values():
-                    tasks.create_task(store(peer_id, slice(begin, begin + _AT_ONCE)))
+                    tasks.create_task(store(peer_id, slice(begin, begin + at_once)))
         return time.perf_counter() - begun
 
     def _signed(self, number: int, expires_at: float) -> bytes:

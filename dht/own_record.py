@@ -1,9 +1,4 @@
-"""A record of this peer's own in the DHT, published again and again.
-
-hivemind's ``store`` looks for the nodes that are to keep a record by asking for the key itself, and whoever keeps the
-key sends all of its records along: with 1,000 servers, several megabytes for every renewal. So the way is asked beside
-the key, where nothing can be stored.
-"""
+"""A record of this peer's own in the DHT, published again and again."""
 
 from __future__ import annotations
 
@@ -12,6 +7,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 
+from swarm.dht.keepers import nearest_nodes
 from swarm.transport.lean_hivemind import DHTID, DHTNode, DHTRecord, PeerID
 
 
@@ -62,13 +58,3 @@ class OwnRecord:
         dumps = protocol.serializer.dumps
         record = DHTRecord(key_id.to_bytes(), dumps(peer_id), dumps(packed), self._last_expiration)
         return dataclasses.replace(record, value=protocol.record_validator.sign_value(record))
-
-
-async def nearest_nodes(dht: DHTNode, key_id: DHTID) -> dict[DHTID, PeerID]:
-    """The nodes that are to keep a key, and some more in case these are gone, nearest first; none of them is asked for
-    what it keeps."""
-    beside = DHTID(int(key_id) ^ 1)  # as far from every node, but for the last bit
-    found: dict[DHTID, dict[DHTID, PeerID]] = await dht.find_nearest_nodes(
-        [beside], exclude_self=dht.protocol.client_mode
-    )
-    return found[beside]
