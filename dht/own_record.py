@@ -44,8 +44,10 @@ class OwnRecord:
         protocol = self._dht.protocol
         for node_id, node_peer_id in untried:
             if node_id == self._dht.node_id:
-                is_valid = protocol.record_validator is None or protocol.record_validator.validate(record)
-                return is_valid and protocol.storage.store(key_id, record.value, record.expiration_time, subkey=peer_id)
+                is_valid: bool = protocol.record_validator.validate(record)
+                return is_valid and bool(
+                    protocol.storage.store(key_id, record.value, record.expiration_time, subkey=peer_id)
+                )
             stored = await protocol.call_store(
                 node_peer_id, [key_id], [record.value], [record.expiration_time], [peer_id]
             )
