@@ -12,6 +12,7 @@ import torch
 
 from swarm.client.background import BackgroundLoop
 from swarm.commands.local_swarm import LocalPeer, LocalSwarm
+from swarm.routing import PROFILES, ClientLinks, HostedSpan, find_route
 
 SERVERS = 8
 USERS = 32
@@ -42,3 +43,19 @@ def test_thirty_two_users_at_once_load_eight_servers_in_proportion_to_what_they_
         assert load[peer_id] == pytest.approx(USERS * most / sum(bears.values()), rel=0.25), (load, bears)
     for session in sessions:
         session.close()
+
+
+def test_what_measurements_cannot_tell_apart_is_as_good_and_what_they_can_is_not() -> None:
+    spans = [HostedSpan(name, 0, 4, 1000.0) for name in ("here", "beside", "far")]
+    rtts_s = {"here": 0.010, "beside": 0.030, "far": 0.090}
+
+    def chosen(doubt_s: float) -> set[str]:
+        links = ClientLinks(rtts_s, doubts_s=dict.fromkeys(rtts_s, doubt_s))
+        routes = [
+            find_route(spans, 0, 4, links=links, profile=PROFILES["interactive"], tolerance=0.05, salt=str(salt))
+            for salt in range(50)
+        ]
+        return {route[0].peer_id for route in routes if route is not None}
+
+    assert chosen(0.0) == {"here"}
+    assert chosen(0.015) == {"here", "beside"}
