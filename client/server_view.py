@@ -305,7 +305,7 @@ class ServerView:
         )
 
     def _client_links(self, hosts: Sequence[HostedSpan]) -> ClientLinks:
-        return with_estimates(ClientLinks(self._links.rtts_s), hosts)
+        return with_estimates(ClientLinks(self._links.rtts_s, doubts_s=self._links.doubts_s), hosts)
 
     def _pinned_in(self, start: int, end: int) -> set[str]:
         """Those of the pinned servers that host any of these blocks."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 
 from swarm.dht.announcement import CLOCK_SLACK_S, LEASE_S, Announcement, State, directory_key
+from swarm.dht.keepers import records
 from swarm.dht.own_record import OwnRecord
 from swarm.dht.validation import AnnouncementValidator
 from swarm.errors import BootstrapFailed
@@ -72,16 +73,15 @@ class Directory:
 
         Records that have run out, or that are older than one already seen from the same peer, are dropped.
         """
-        found = await self.dht.get(directory_key(model), latest=True)
+        found = await records(self.dht, directory_key(model))
         now = time.time()
         fresh: dict[str, Announcement] = {}
-        entries = found.value if found is not None and isinstance(found.value, dict) else {}
-        for peer_id, entry in entries.items():
+        for peer_id, (packed, expires_at) in found.items():
             try:
-                announcement = Announcement.unpack(entry.value)
+                announcement = Announcement.unpack(packed)
             except (ValueError, TypeError):
                 continue
-            if entry.expiration_time < now or announcement.peer_id != peer_id or announcement.model != model:
+            if expires_at < now or announcement.peer_id != peer_id or announcement.model != model:
                 continue
             if announcement.issued_at > now + CLOCK_SLACK_S:
                 continue

@@ -6,6 +6,7 @@ import time
 
 from swarm.dht.announcement import CLOCK_SLACK_S
 from swarm.dht.directory import Directory
+from swarm.dht.keepers import records
 from swarm.dht.move_claim import CLAIM_LEASE_S, MoveClaim, moves_key
 from swarm.dht.own_record import OwnRecord
 from swarm.placement import Move
@@ -30,16 +31,15 @@ class MoveClaims:
 
     async def alive(self) -> list[Move]:
         """What everybody claims now, this peer included; claims of another number of blocks are dropped."""
-        found = await self._dht.get(moves_key(self._model), latest=True)
+        found = await records(self._dht, moves_key(self._model))
         now = time.time()
         moves = []
-        entries = found.value if found is not None and isinstance(found.value, dict) else {}
-        for peer_id, entry in entries.items():
+        for peer_id, (packed, expires_at) in found.items():
             try:
-                claim = MoveClaim.unpack(entry.value)
+                claim = MoveClaim.unpack(packed)
             except (ValueError, TypeError):
                 continue
-            if entry.expiration_time < now or claim.issued_at > now + CLOCK_SLACK_S:
+            if expires_at < now or claim.issued_at > now + CLOCK_SLACK_S:
                 continue
             if (claim.peer_id, claim.model, claim.num_blocks) == (peer_id, self._model, self._num_blocks):
                 moves.append(claim.move)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import time
+from collections.abc import Iterator
 
-from swarm.transport.lean_hivemind import DHTNode
+from swarm.dht.keepers import nearest_nodes
+from swarm.transport.lean_hivemind import DHTID, DHTNode, DHTRecord, PeerID
 
 
 class OwnRecord:
@@ -20,9 +24,39 @@ class OwnRecord:
 
     async def store(self, key: str, peer_id: str, packed: bytes) -> bool:
         """Say `packed` under `key` for one lease; returns whether at least one node of the DHT stored it."""
+        key_id = DHTID.generate(source=key)
+        nearest = await nearest_nodes(self._dht, key_id)
         # The DHT keeps the record that expires last, so a later one must expire later.
         self._last_expiration = max(time.time() + self._lease_s, self._last_expiration + 1e-3)
-        stored: bool = await self._dht.store(
-            key=key, subkey=peer_id, value=packed, expiration_time=self._last_expiration
-        )
-        return stored
+        record = self._signed(key_id, peer_id, packed)
+        untried = iter(nearest.items())
+        async with asyncio.TaskGroup() as tasks:
+            replicas = [
+                tasks.create_task(self._store_once(record, key_id, peer_id, untried))
+                for _ in range(self._dht.num_replicas)
+            ]
+        return any(replica.result() for replica in replicas)
+
+    async def _store_once(
+        self, record: DHTRecord, key_id: DHTID, peer_id: str, untried: Iterator[tuple[DHTID, PeerID]]
+    ) -> bool:
+        """Store one replica, on the first of the nodes that answers; returns whether that took it."""
+        protocol = self._dht.protocol
+        for node_id, node_peer_id in untried:
+            if node_id == self._dht.node_id:
+                is_valid: bool = protocol.record_validator.validate(record)
+                return is_valid and bool(
+                    protocol.storage.store(key_id, record.value, record.expiration_time, subkey=peer_id)
+                )
+            stored = await protocol.call_store(
+                node_peer_id, [key_id], [record.value], [record.expiration_time], [peer_id]
+            )
+            if stored is not None:
+                return bool(stored[0])
+        return False
+
+    def _signed(self, key_id: DHTID, peer_id: str, packed: bytes) -> DHTRecord:
+        protocol = self._dht.protocol
+        dumps = protocol.serializer.dumps
+        record = DHTRecord(key_id.to_bytes(), dumps(peer_id), dumps(packed), self._last_expiration)
+        return dataclasses.replace(record, value=protocol.record_validator.sign_value(record))

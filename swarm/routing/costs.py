@@ -63,6 +63,8 @@ class LinkSeconds:
     """``[n]``: to the client."""
     between: Seconds
     """``[n, n]``: from one server (first index) to another, chosen; 0 where they are the same."""
+    doubts: Seconds
+    """``[n]``: by how much `arriving` may be off, and `leaving` as well."""
 
 
 def link_seconds(spans: Sequence[HostedSpan], links: ClientLinks, profile: Profile) -> LinkSeconds:
@@ -76,6 +78,7 @@ def link_seconds(spans: Sequence[HostedSpan], links: ClientLinks, profile: Profi
     """
     index = {span.peer_id: number for number, span in enumerate(spans)}
     client_rtts = np.array([links.rtts_s.get(span.peer_id, 2 * HOP_S) for span in spans], dtype=np.float64)
+    doubts = np.array([links.doubts_s.get(span.peer_id, 0.0) for span in spans], dtype=np.float64)
     rtts = np.maximum(client_rtts[:, None], client_rtts[None, :])
     told: dict[tuple[int, int], list[float]] = {}
     for span in spans:
@@ -104,6 +107,7 @@ def link_seconds(spans: Sequence[HostedSpan], links: ClientLinks, profile: Profi
         np.minimum(arriving, _SLOWEST_LINK_S),
         np.minimum(leaving, _SLOWEST_LINK_S),
         np.minimum(between, _SLOWEST_LINK_S, out=between),
+        np.minimum(passages / 2 * doubts, _SLOWEST_LINK_S),
     )
 
 

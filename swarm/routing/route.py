@@ -44,7 +44,8 @@ def find_route(
         links: the client's measurements.
         profile: what the session has to do; its time is what is minimized.
         pinned: peer ids; blocks that any of these hosts are given to nobody else.
-        tolerance: how much dearer (0.05: by 5%) a route may be than the best to be taken as well as that.
+        tolerance: how much dearer (0.05: by 5%) a route may be than the best to be taken as well as that. If it is more
+            than 0, a route is also as good if measurements cannot tell it from the best.
         salt: chooses between routes that are as good, with chances in proportion to what their servers bear, so that
             different sessions choose differently.
     """
@@ -145,19 +146,21 @@ class _Ways:
         return float((self.cost.arriving[self.hosts[0]] + self.onward[0]).min())
 
     def walk(self, tolerance: float, salt: str) -> tuple[Leg, ...]:
-        """A way that takes at most so much longer than the best; the choice between servers is the salt's.
+        """A way that takes at most so much longer than the best (or as measurements of both may be off); the choice
+        between servers is the salt's.
 
         It changes servers where a best way does: what is within the tolerance is not spent on further changes.
         """
         limit = self.least_s * (1 + tolerance + _ROUNDING)
         servers, bounds = self._best(self.least_s * (1 + _ROUNDING), salt)
-        spent = self._seconds(servers, bounds)
+        spent, doubt = self._seconds(servers, bounds), self._doubt(servers)
         for leg in range(len(servers) if tolerance > 0 else 0):
             able = functools.reduce(np.intersect1d, self.hosts[bounds[leg] : bounds[leg + 1]])
             good = {servers[leg]: spent}
             for server in set(able.tolist()) - set(servers[max(0, leg - 1) : leg + 2]):
-                seconds = self._seconds([*servers[:leg], server, *servers[leg + 1 :]], bounds)
-                if seconds <= limit:
+                other = [*servers[:leg], server, *servers[leg + 1 :]]
+                seconds = self._seconds(other, bounds)
+                if seconds <= limit + doubt + self._doubt(other):
                     good[server] = seconds
             servers[leg] = self._choose(list(good), salt)
             spent = good[servers[leg]]
@@ -188,6 +191,10 @@ class _Ways:
         links += sum(self.cost.between[one, two] for one, two in itertools.pairwise(servers))
         blocks = (end - begin for begin, end in itertools.pairwise(bounds))
         return float(links + sum(self.block_s[server] * length for server, length in zip(servers, blocks, strict=True)))
+
+    def _doubt(self, servers: Sequence[int]) -> float:
+        """By how many seconds what the client's links take on a way may be off."""
+        return float(self.cost.doubts[servers[0]] + self.cost.doubts[servers[-1]])
 
     def _choose(self, servers: Sequence[int], salt: str) -> int:
         """One of servers that are as good: of those that bear least for what they can, any in proportion to that."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 _SLOWEST_BLOCK_S = 1e6
 """Slow, not impossible: what is finite can be added up and compared."""
@@ -91,26 +91,35 @@ class ClientLinks:
     """Seconds of a round trip to servers, by peer id."""
     upload_bytes_per_s: float | None = None
     download_bytes_per_s: float | None = None
+    doubts_s: Mapping[str, float] = field(default_factory=dict)
+    """By how much each of these round trips may be off, in seconds: what measurements on a busy machine cannot tell."""
 
 
 def with_estimates(links: ClientLinks, spans: Iterable[HostedSpan]) -> ClientLinks:
     """`links` with a guess for each server that was not measured, if a measured one knows its way to it.
 
     By the triangle, a server that is `x` from one that is `y` from here is between ``|x - y|`` and ``x + y`` away; the
-    larger of both lies between, and the nearest of those that were measured says most.
+    larger of both lies between, and the nearest of those that were measured says most. A guess is as doubtful as what
+    it rests on.
     """
     servers = list(spans)
-    guesses: dict[str, float] = {}
+    guesses: dict[str, tuple[float, float]] = {}
     for span in servers:
         near = links.rtts_s.get(span.peer_id)
         if near is None:
             continue
         for other, rtt_s in span.rtts_s.items():
             if other not in links.rtts_s:
-                guesses[other] = min(guesses.get(other, float("inf")), max(near, rtt_s))
+                guess = (max(near, rtt_s), links.doubts_s.get(span.peer_id, 0.0))
+                guesses[other] = min(guesses.get(other, guess), guess)
     for span in servers:
         if span.peer_id not in links.rtts_s:
-            known = [max(links.rtts_s[other], rtt_s) for other, rtt_s in span.rtts_s.items() if other in links.rtts_s]
-            if known:
-                guesses[span.peer_id] = min(guesses.get(span.peer_id, float("inf")), *known)
-    return ClientLinks({**guesses, **links.rtts_s}, links.upload_bytes_per_s, links.download_bytes_per_s)
+            for other, rtt_s in span.rtts_s.items():
+                if other in links.rtts_s:
+                    guess = (max(links.rtts_s[other], rtt_s), links.doubts_s.get(other, 0.0))
+                    guesses[span.peer_id] = min(guesses.get(span.peer_id, guess), guess)
+    return replace(
+        links,
+        rtts_s={**{peer_id: rtt_s for peer_id, (rtt_s, _) in guesses.items()}, **links.rtts_s},
+        doubts_s={**{peer_id: doubt_s for peer_id, (_, doubt_s) in guesses.items()}, **links.doubts_s},
+    )
