@@ -44,6 +44,8 @@ class Qualities:
     uncovered: Counts
     single: Counts
     bottleneck: Floats
+    all_cover_as_much: bool = False
+    """Known to be so: in a large swarm nothing needs to be counted."""
 
     def __getitem__(self, start: int) -> Quality:
         return Quality(int(self.uncovered[start]), int(self.single[start]), float(self.bottleneck[start]))
@@ -66,6 +68,8 @@ class Qualities:
     def _comparable(self, allowed: Flags | None) -> Floats:
         """The bottleneck where neither it is forbidden to begin nor fewer blocks than possible are covered; else -1."""
         bottleneck = self.bottleneck if allowed is None else np.where(allowed, self.bottleneck, -1.0)
+        if self.all_cover_as_much:
+            return bottleneck
         for counts in (self.uncovered, self.single):
             most = counts.max() if allowed is None else counts[allowed].max()
             if counts.min() < most:
@@ -139,7 +143,8 @@ class Coverage:
         added = max(steps_per_s, UNKNOWN_STEPS_PER_S)
         starts = self.num_blocks - length + 1
         uncovered = single = np.zeros(starts, np.int64)
-        if self.servers.min() < 2:  # in a large swarm there is nothing to count
+        all_have_two = bool(self.servers.min() >= 2)
+        if not all_have_two:
             uncovered = _counts_outside(self.servers == 0, length)
             single = (self.servers == 0).sum() + _counts_outside(self.servers == 1, length)
         scale = float(self.steps_per_s.sum()) / self.num_blocks or added
@@ -153,7 +158,7 @@ class Coverage:
         np.cumsum(badness[: length - 1 : -1], out=after[-2::-1])
         total = before + _windows(better, length) + after
         bottleneck = scale * (total / (self.num_blocks - uncovered)) ** (-1 / _SHARPNESS)
-        return Qualities(-uncovered, -single, bottleneck)
+        return Qualities(-uncovered, -single, bottleneck, all_have_two)
 
 
 def _slice(span: Span) -> slice:

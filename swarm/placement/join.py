@@ -78,7 +78,9 @@ def best_of(
     """Likewise, of placements that are known already."""
     if preferred is not None:
         narrowed = preferred if allowed is None else allowed & preferred
-        if narrowed.any() and qualities.covers_as_much(qualities.best(narrowed), qualities.best(allowed)):
+        if narrowed.any() and (
+            qualities.all_cover_as_much or qualities.covers_as_much(qualities.best(narrowed), qualities.best(allowed))
+        ):
             allowed = narrowed
     return _nearest(qualities.good(allowed), length, others, rtts_s) if rtts_s else qualities.best(allowed)
 
