@@ -38,7 +38,7 @@ class Strategy(Protocol):
 
 
 class Ours:
-    """:mod:`swarm.placement`, as live servers use it."""
+    """:mod:`swarm.placement`, as live servers use it whose owners leave the number of blocks to them."""
 
     name, check_s, claims = "ours", 60.0, True
 
