@@ -31,6 +31,7 @@ class Rebalancing:
         self._peer_id, self._directory, self._presence, self._settings = peer_id, directory, presence, settings
         self._model, self._num_blocks = checkpoint.model_digest, checkpoint.num_blocks
         self._blocks = prepared.plan.num_blocks
+        self._may_host_fewer = settings.num_blocks is None and not prepared.plan.offloaded_blocks
         self._claims = MoveClaims(directory, peer_id, self._model, self._num_blocks)
 
     async def find_place(self) -> None:
@@ -42,7 +43,8 @@ class Rebalancing:
         presence = self._presence
         others = await self._others()
         capacity = Capacity(self._blocks)
-        presence.bounds = choose_span(hostings(others), self._num_blocks, capacity, blocks=self._blocks)
+        blocks = None if self._may_host_fewer else self._blocks
+        presence.bounds = choose_span(hostings(others), self._num_blocks, capacity, blocks=blocks)
         if self._settings.initial_peers and self._settings.settle_wait_s > 0:
             presence.tentative = True
             await presence.announce()
@@ -51,7 +53,7 @@ class Rebalancing:
             all_of_them = {one.peer_id: one for one in hostings(others)}
             joining = [all_of_them.pop(one.peer_id) for one in others if one.tentative and one.state is State.JOINING]
             me = Hosting(self._peer_id, *presence.bounds, steps_per_s=0.0)
-            presence.bounds = settle(me, joining, all_of_them.values(), self._num_blocks)
+            presence.bounds = settle(me, joining, all_of_them.values(), self._num_blocks, tiles=self._may_host_fewer)
             presence.tentative = False
         await presence.announce()
 

@@ -126,3 +126,29 @@ def test_two_fast_servers_are_not_left_on_the_same_blocks() -> None:
     (first,) = (move for move in claims.values() if may_move(move, claims.values(), servers, NUM_BLOCKS))
     assert first.new == (5, 10)
     assert wants(carried_out(servers, first)) != {}  # 5 and 3: one more
+
+
+def test_a_second_server_for_a_few_blocks_is_not_worth_a_move() -> None:
+    servers = [Hosting(name, 0, 8, 1.0) for name in "abc"] + [Hosting("d", 8, 40, 5.0), Hosting("e", 8, 32, 5.0)]
+    assert wanted_move(servers[0], servers, 40) is None
+    move = wanted_move(servers[0], servers, 40, MovePolicy(least_doubled=0.2))
+    assert move is not None
+    assert (move.new, move.urgency) == ((32, 40), Urgency.SECOND_SERVER)
+
+
+@given(SPANS, st.floats(0, 0.5))
+@quick
+def test_a_server_too_slow_to_matter_is_told_so_without_a_look_at_every_place(
+    spans: list[tuple[int, int, float]], share: float
+) -> None:
+    servers = placed(spans)
+    policy = MovePolicy(least_share=share)
+    for one in servers:
+        others = Coverage.of([other for other in servers if other is not one], NUM_BLOCKS)
+        with_it = others.qualities_with(one.length, one.steps_per_s).bottleneck
+        most = others.gains_at_most(one.steps_per_s)
+        if others.servers.min() >= 1:
+            assert (with_it <= others.quality().bottleneck + most * (1 + 1e-9)).all()
+        move = wanted_move(one, servers, NUM_BLOCKS, policy)
+        if move is not None and move.urgency is Urgency.SPEED:
+            assert move.gain >= share * (with_it[one.start] if others.servers.min() >= 1 else 0.0)

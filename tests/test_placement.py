@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from random import Random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarm.placement import Capacity, Coverage, Hosting, choose_span, settle
+from swarm.placement.join import _turn
+from swarm.placement.tiles import tile_lengths, tile_starts
 
 quick = settings(deadline=None, max_examples=150)
 SPANS = st.lists(st.tuples(st.integers(0, 19), st.integers(1, 8), st.sampled_from([0.0, 0.5, 1, 3, 40])), max_size=10)
@@ -138,7 +141,9 @@ def test_a_slow_server_with_much_memory_hosts_everything_only_while_it_is_needed
     assert choose_span([], 8, slow) == (0, 8)
     fast = [Hosting("a", 0, 8, 10.0), Hosting("b", 0, 8, 10.0)]
     start, end = choose_span(fast, 8, slow)
-    assert end - start == 3  # 2.7 steps/s, not 1; and three such spans are more than enough for the model
+    assert (
+        end - start == 2
+    )  # a quarter of the model, 4 steps/s: as a half, 2 steps/s, it would be far slower than others
 
 
 def test_a_fast_server_with_little_memory_hosts_what_fits() -> None:
@@ -157,3 +162,53 @@ def test_spans_tile_the_model() -> None:
     start, end = choose_span([], 80, Capacity(max_blocks=23, block_steps_per_s=100.0))
     assert (start, end) == (0, 20)
     assert choose_span([], 80, Capacity(max_blocks=200)) == (0, 80)
+
+
+@given(st.integers(1, 200))
+@quick
+def test_tiles_of_every_length_cover_the_model_and_lie_within_the_longer_ones(num_blocks: int) -> None:
+    longer = [(0, num_blocks)]
+    for length in tile_lengths(num_blocks)[1:]:
+        starts = tile_starts(length, num_blocks)
+        assert starts is not None
+        tiles = [(int(start), int(start) + length) for start in np.flatnonzero(starts)]
+        assert {block for start, end in tiles for block in range(start, end)} == set(range(num_blocks))
+        assert all(any(start >= a and end <= b for a, b in longer) for start, end in tiles)
+        longer = tiles
+    assert all(
+        tile_starts(length, num_blocks) is None for length in set(range(1, num_blocks)) - {*tile_lengths(num_blocks)}
+    )
+
+
+@given(st.lists(st.integers(1, 16), min_size=5, max_size=20))
+@settings(deadline=None, max_examples=30)
+def test_who_joins_a_swarm_of_many_takes_a_tile(memories: list[int]) -> None:
+    others = [Hosting("first", 0, 16, 1.0), Hosting("second", 0, 16, 1.0)]
+    for number, fit in enumerate(memories):
+        start, end = choose_span(others, 16, Capacity(fit, 16.0))
+        assert end - start == max(length for length in (1, 2, 4, 8, 16) if length <= fit)
+        assert start % (end - start) == 0
+        others.append(Hosting(f"peer {number}", start, end, 16.0 / (end - start)))
+
+
+@given(SPANS, st.integers(0, 3))
+@quick
+def test_a_tile_is_not_preferred_to_the_first_or_second_server_of_a_block(
+    spans: list[tuple[int, int, float]], halvings: int
+) -> None:
+    others, length = hosted(spans, 16), 16 >> halvings
+    (start, end), servers = choose_span(others, 16, Capacity(length, 10.0)), servers_of(others, 16)
+
+    def gets(a: int, b: int) -> tuple[int, int]:
+        return servers[a:b].count(0), servers[a:b].count(1)
+
+    assert gets(start, end) == max(gets(a, b) for a, b in choices(16, end - start))
+
+
+def test_those_who_join_at_once_settle_on_tiles_as_well() -> None:
+    others = [Hosting(name, 0, 16, 1.0) for name in "ab"]
+    others += [Hosting("c", 0, 4, 2.0), Hosting("d", 12, 16, 2.0)]
+    crowd = [Hosting(f"joiner {number}", 0, 8, 1.0) for number in range(4)]
+    spans = [settle(one, crowd, others, 16, tiles=True) for one in crowd]
+    assert sorted(spans) == [(0, 8), (0, 8), (8, 16), (8, 16)]
+    assert settle(min(crowd, key=_turn), crowd, others, 16) == (4, 12)

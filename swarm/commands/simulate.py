@@ -22,6 +22,7 @@ examples:
   swarm simulate                                          100 servers of a model of 80 blocks, one hour
   swarm simulate --servers 1000 --fail-at 40 --plot course.svg
                                                           30% of 1,000 vanish after 40 minutes; draw what happens
+  swarm simulate --servers 10000                          about a minute and a half on one core
   swarm simulate --strategy petals --life 1               Petals' rule instead; servers stay for an hour"""
 
 

@@ -44,18 +44,38 @@ class Qualities:
     uncovered: Counts
     single: Counts
     bottleneck: Floats
+    all_cover_as_much: bool = False
+    """Known to be so: in a large swarm nothing needs to be counted."""
 
     def __getitem__(self, start: int) -> Quality:
         return Quality(int(self.uncovered[start]), int(self.single[start]), float(self.bottleneck[start]))
 
-    def best(self, allowed: Flags) -> list[int]:
-        """The starts, of those that are `allowed`, that are as good as the best one or hardly worse; the best first."""
-        for counts in (self.uncovered, self.single):
-            allowed = allowed & (counts == counts[allowed].max())
-        bottleneck = np.where(allowed, self.bottleneck, -1.0)
+    def best(self, allowed: Flags | None = None) -> int:
+        """The best start; of equals the first."""
+        return int(self._comparable(allowed).argmax())
+
+    def good(self, allowed: Flags | None = None) -> list[int]:
+        """The starts that are as good as the best one or hardly worse; the best first."""
+        bottleneck = self._comparable(allowed)
         best = int(bottleneck.argmax())
         good = np.flatnonzero(bottleneck >= _AS_GOOD * bottleneck[best])
         return [best, *(int(start) for start in good if start != best)]
+
+    def covers_as_much(self, one: int, other: int) -> bool:
+        """Whether with both starts as many blocks have a server, and two."""
+        return bool(self.uncovered[one] == self.uncovered[other] and self.single[one] == self.single[other])
+
+    def _comparable(self, allowed: Flags | None) -> Floats:
+        """The bottleneck where neither it is forbidden to begin nor fewer blocks than possible are covered; else -1."""
+        bottleneck = self.bottleneck if allowed is None else np.where(allowed, self.bottleneck, -1.0)
+        if self.all_cover_as_much:
+            return bottleneck
+        for counts in (self.uncovered, self.single):
+            most = counts.max() if allowed is None else counts[allowed].max()
+            if counts.min() < most:
+                allowed = counts == most if allowed is None else allowed & (counts == most)
+                bottleneck = np.where(allowed, bottleneck, -1.0)
+        return bottleneck
 
 
 class Coverage:
@@ -102,6 +122,11 @@ class Coverage:
         bottleneck = _soft_minimum(self.steps_per_s[covered]) if covered.any() else 0.0
         return Quality(-int((~covered).sum()), -int((self.servers < 2).sum()), bottleneck)
 
+    def gains_at_most(self, steps_per_s: float) -> float:
+        """No more does the bottleneck rise when a server joins; not counting blocks that had none."""
+        # The derivatives of a power mean of power -p, of n values, add up to no more than n ** (1 / p).
+        return float(max(steps_per_s, UNKNOWN_STEPS_PER_S) * self.num_blocks ** (1 / _SHARPNESS))
+
     def usual_steps_per_s(self) -> float:
         """What a server does, on average over the blocks that have one."""
         covered = self.servers > 0
@@ -116,19 +141,24 @@ class Coverage:
     def qualities_with(self, length: int, steps_per_s: float) -> Qualities:
         """What would be if one more server hosted `length` blocks from block 0 on, from block 1 on, …"""
         added = max(steps_per_s, UNKNOWN_STEPS_PER_S)
-        none, one = self.servers == 0, self.servers == 1
-        uncovered = none.sum() - _windows(none.astype(np.float64), length)
-        single = none.sum() + one.sum() - _windows(one.astype(np.float64), length)
-        scale = float(self.steps_per_s.mean()) or added
+        starts = self.num_blocks - length + 1
+        uncovered = single = np.zeros(starts, np.int64)
+        all_have_two = bool(self.servers.min() >= 2)
+        if not all_have_two:
+            uncovered = _counts_outside(self.servers == 0, length)
+            single = (self.servers == 0).sum() + _counts_outside(self.servers == 1, length)
+        scale = float(self.steps_per_s.sum()) / self.num_blocks or added
         relative = self.steps_per_s / scale
-        badness = np.where(none, 0.0, np.maximum(relative, _NEXT_TO_NOTHING) ** -_SHARPNESS)
+        badness = np.maximum(relative, _NEXT_TO_NOTHING) ** -_SHARPNESS
+        badness[self.servers == 0] = 0.0
         better = (relative + added / scale) ** -_SHARPNESS
         # Not `badness.sum() - …`: what is left beside a far worse block would be lost in rounding.
-        before = np.concatenate([[0.0], np.cumsum(badness)])
-        after = np.concatenate([np.cumsum(badness[::-1])[::-1], [0.0]])
-        total = before[: len(uncovered)] + _windows(better, length) + after[length:]
+        before, after = np.zeros(starts), np.zeros(starts)
+        np.cumsum(badness[: starts - 1], out=before[1:])
+        np.cumsum(badness[: length - 1 : -1], out=after[-2::-1])
+        total = before + _windows(better, length) + after
         bottleneck = scale * (total / (self.num_blocks - uncovered)) ** (-1 / _SHARPNESS)
-        return Qualities(-uncovered.astype(np.int64), -single.astype(np.int64), bottleneck)
+        return Qualities(-uncovered, -single, bottleneck, all_have_two)
 
 
 def _slice(span: Span) -> slice:
@@ -140,7 +170,15 @@ def _windows(values: Floats, length: int) -> Floats:
     return np.convolve(values, np.ones(length), "valid")
 
 
+def _counts_outside(flags: Flags, length: int) -> Counts:
+    """How many flags are set outside each `length` consecutive ones."""
+    sums = np.zeros(len(flags) + 1, np.int64)
+    np.cumsum(flags, out=sums[1:])
+    outside: Counts = sums[-1] - (sums[length:] - sums[:-length])
+    return outside
+
+
 def _soft_minimum(values: Floats) -> float:
-    scale = float(values.mean())
+    scale = float(values.sum()) / len(values)
     mean = float(np.mean(np.maximum(values / scale, _NEXT_TO_NOTHING) ** -_SHARPNESS))
     return float(scale * mean ** (-1 / _SHARPNESS))

@@ -6,10 +6,9 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
-import numpy as np
-
 from swarm.placement.coverage import Coverage, Flags, Qualities
 from swarm.placement.hosting import Capacity, Hosting, Span
+from swarm.placement.tiles import tile_lengths, tile_starts
 
 _NOTHING_KNOWN: Mapping[str, float] = MappingProxyType({})
 _SLOWEST_SHARE = 0.25
@@ -32,7 +31,8 @@ def choose_span(
 
     Args:
         others: who is there, or joining.
-        blocks: host exactly so many (or the whole model); default: as many as memory and speed suggest.
+        blocks: host exactly so many (or the whole model); default: as many as memory and speed suggest, and a tile
+            (:mod:`swarm.placement.tiles`) where that costs no block its first or second server.
         rtts_s: seconds of a round trip to others, by peer id, as far as known.
 
     Raises:
@@ -43,7 +43,8 @@ def choose_span(
     length = blocks_to_host(coverage, capacity) if blocks is None else min(blocks, num_blocks)
     if length < 1:
         raise ValueError("a server must host at least one block")
-    start = best_start(coverage, length, capacity.steps_per_s(length), others, rtts_s or {})
+    preferred = tile_starts(length, num_blocks) if blocks is None else None
+    start = best_start(coverage, length, capacity.steps_per_s(length), others, rtts_s or {}, preferred=preferred)
     return start, start + length
 
 
@@ -54,14 +55,16 @@ def best_start(
     others: Iterable[Hosting] = (),
     rtts_s: Mapping[str, float] = _NOTHING_KNOWN,
     allowed: Flags | None = None,
+    preferred: Flags | None = None,
 ) -> int:
     """Where a span of so many blocks makes the placement best; among those about as good, next to near peers.
 
     Args:
         others: whose coverage it is; needed only for `rtts_s`.
         allowed: ``[starts]``: where the span may begin; default: anywhere.
+        preferred: ``[starts]``: where it shall begin, unless elsewhere more blocks get their first or second server.
     """
-    return best_of(coverage.qualities_with(length, steps_per_s), length, others, rtts_s, allowed)
+    return best_of(coverage.qualities_with(length, steps_per_s), length, others, rtts_s, allowed, preferred)
 
 
 def best_of(
@@ -70,29 +73,41 @@ def best_of(
     others: Iterable[Hosting] = (),
     rtts_s: Mapping[str, float] = _NOTHING_KNOWN,
     allowed: Flags | None = None,
+    preferred: Flags | None = None,
 ) -> int:
     """Likewise, of placements that are known already."""
-    if allowed is None:
-        allowed = np.ones(len(qualities.bottleneck), dtype=bool)
-    return _nearest(qualities.best(allowed), length, others, rtts_s)
+    if preferred is not None:
+        narrowed = preferred if allowed is None else allowed & preferred
+        if narrowed.any() and (
+            qualities.all_cover_as_much or qualities.covers_as_much(qualities.best(narrowed), qualities.best(allowed))
+        ):
+            allowed = narrowed
+    return _nearest(qualities.good(allowed), length, others, rtts_s) if rtts_s else qualities.best(allowed)
 
 
 def blocks_to_host(coverage: Coverage, capacity: Capacity) -> int:
-    """How many blocks a server should host: as many as fit, less what keeps spans from tiling the model.
+    """How many blocks a server should host.
 
-    A server for 23 of 80 blocks takes 20: four such make a whole, they are the faster for it, and routes change servers
-    where spans end. And a large memory beside a slow processor is worth most when blocks are missing, but a session
-    that passes through it waits at every block: once all blocks have two servers, it takes so few that it is not far
-    slower than others.
+    While blocks lack a server, or a second one: as many as fit, less what keeps spans from tiling the model. A server
+    for 23 of 80 blocks takes 20: four such make a whole, they are the faster for it, and routes change servers where
+    spans end. Then: the longest tile that fits. And a large memory beside a slow processor is worth most when blocks
+    are missing, but a session that passes through it waits at every block: once all have two servers, it takes so few
+    that it is not far slower than others.
     """
-    fit = min(capacity.max_blocks, coverage.num_blocks)
-    if (coverage.servers >= 2).all() and capacity.block_steps_per_s > 0:
+    fit, num_blocks = min(capacity.max_blocks, coverage.num_blocks), coverage.num_blocks
+    if fit < 1:
+        return 0
+    if coverage.servers.min() < 2:
+        return -(-num_blocks // -(-num_blocks // fit))
+    if capacity.block_steps_per_s > 0:
         bearable = capacity.block_steps_per_s / (_SLOWEST_SHARE * coverage.usual_steps_per_s())
         fit = min(fit, max(1, int(bearable)))
-    return -(-coverage.num_blocks // -(-coverage.num_blocks // fit)) if fit > 0 else 0
+    return next(length for length in tile_lengths(num_blocks) if length <= fit)
 
 
-def settle(me: Hosting, joining: Iterable[Hosting], others: Iterable[Hosting], num_blocks: int) -> Span:
+def settle(
+    me: Hosting, joining: Iterable[Hosting], others: Iterable[Hosting], num_blocks: int, *, tiles: bool = False
+) -> Span:
     """Where `me` goes when several servers join at once, who see one another's announcements.
 
     Everybody lets all choose, one after another, in the same order: so each knows what those before it take, whatever
@@ -101,20 +116,25 @@ def settle(me: Hosting, joining: Iterable[Hosting], others: Iterable[Hosting], n
     Args:
         joining: who has announced that it is loading, with as many blocks as it will host; may include `me`.
         others: who is there already.
+        tiles: they chose how many blocks they host by themselves, as :func:`choose_span` does without `blocks`, and
+            prefer tiles.
     """
     there = sorted((one for one in others if one.peer_id != me.peer_id), key=lambda one: one.peer_id)
-    return settle_over(me, joining, Coverage.of(there, num_blocks), there)
+    return settle_over(me, joining, Coverage.of(there, num_blocks), there, tiles=tiles)
 
 
-def settle_over(me: Hosting, joining: Iterable[Hosting], coverage: Coverage, others: Sequence[Hosting] = ()) -> Span:
+def settle_over(
+    me: Hosting, joining: Iterable[Hosting], coverage: Coverage, others: Sequence[Hosting] = (), *, tiles: bool = False
+) -> Span:
     """Likewise; `coverage` is that of `others`."""
     coverage, placed = coverage.copy(), list(others)
-    for one in sorted((one for one in joining if _turn(one) < _turn(me)), key=_turn):
-        start = best_start(coverage, one.length, one.steps_per_s, placed, one.rtts_s)
+    before = sorted((one for one in joining if _turn(one) < _turn(me)), key=_turn)
+    for one in [*before, me]:
+        preferred = tile_starts(one.length, coverage.num_blocks) if tiles else None
+        start = best_start(coverage, one.length, one.steps_per_s, placed, one.rtts_s, preferred=preferred)
         coverage.add((start, start + one.length), one.steps_per_s)
         placed.append(Hosting(one.peer_id, start, start + one.length, one.steps_per_s))
-    start = best_start(coverage, me.length, me.steps_per_s, placed, me.rtts_s)
-    return start, start + me.length
+    return placed[-1].span
 
 
 def _turn(joining: Hosting) -> bytes:
@@ -123,8 +143,6 @@ def _turn(joining: Hosting) -> bytes:
 
 def _nearest(starts: Sequence[int], length: int, others: Iterable[Hosting], rtts_s: Mapping[str, float]) -> int:
     """Of `starts`, the one with the nearest neighbours, as far as that is known; else the first."""
-    if not rtts_s:
-        return starts[0]
     near = [one for one in others if one.peer_id in rtts_s]
 
     def distance_s(start: int) -> float:

@@ -12,6 +12,7 @@ import numpy as np
 from swarm.placement.coverage import Counts, Coverage, Flags, Quality
 from swarm.placement.hosting import Hosting, Span
 from swarm.placement.join import best_of
+from swarm.placement.tiles import tile_starts
 
 
 class Urgency(IntEnum):
@@ -37,6 +38,12 @@ class MovePolicy:
     least_gain: float = 0.5
     """It must raise the bottleneck by this share of what such a span adds to the mean block, at least; that of a slow
     server by this share of what it would add if the server were as fast as others."""
+    least_share: float = 0.02
+    """And by this share of what it is: in a large swarm no move of one server is worth the trouble of its sessions, and
+    the next that joins does as much good without."""
+    least_doubled: float = 0.25
+    """A move only to give blocks their second server must do so for this share of the model, at least. Simulated swarms
+    of 10 servers were no more often without a block when they moved for fewer."""
     at_once: float = 0.05
     """So many of all servers may be moving at the same time; one at least."""
 
@@ -84,13 +91,16 @@ def wanted_over(
     me: Hosting, coverage: Coverage, policy: MovePolicy = MovePolicy(), others: Sequence[Hosting] = ()
 ) -> Move | None:
     """Likewise; `coverage` is that of all others, who need be named only if `me` knows its ways to them."""
+    if _is_of_no_account(me, coverage, policy):
+        return None
     allowed = _allowed_starts(me, coverage)
     if not allowed.any():
         return None
     qualities = coverage.qualities_with(me.length, me.steps_per_s)
-    start = best_of(qualities, me.length, others, me.rtts_s, allowed)
+    tiles = tile_starts(me.length, coverage.num_blocks)
+    start = best_of(qualities, me.length, others, me.rtts_s, allowed, preferred=tiles)
     stay, there = qualities[me.start], qualities[start]
-    urgency = _urgency(stay, there)
+    urgency = _urgency(stay, there, policy.least_doubled * coverage.num_blocks)
     if urgency is None:
         return None
     if urgency is Urgency.SPEED and not _is_worth_it(stay, there, coverage.quality(), me, coverage, policy):
@@ -150,6 +160,12 @@ def goes_before(one: Move, other: Move) -> bool:
     return _order(one) < _order(other)
 
 
+def _is_of_no_account(me: Hosting, coverage: Coverage, policy: MovePolicy) -> bool:
+    """Whether no move can be worth it, wherever to: for swarms of thousands, whose servers look every minute."""
+    enough = policy.least_share * float(coverage.steps_per_s.min())
+    return bool(coverage.servers.min() >= 2) and coverage.gains_at_most(me.steps_per_s) < enough
+
+
 def _allowed_starts(me: Hosting, coverage: Coverage) -> Flags:
     """Where `me` could go without taking from any block its last server, or its second without need; ``[starts]``.
 
@@ -175,11 +191,13 @@ def _allowed_starts(me: Hosting, coverage: Coverage) -> Flags:
     return elsewhere & keeps(shared) if len(shared) else elsewhere
 
 
-def _urgency(stay: Quality, there: Quality) -> Urgency | None:
+def _urgency(stay: Quality, there: Quality, least_doubled: float) -> Urgency | None:
     if there.uncovered != stay.uncovered:
         return Urgency.FIRST_SERVER if there.uncovered > stay.uncovered else None
-    if there.single != stay.single:
-        return Urgency.SECOND_SERVER if there.single > stay.single else None
+    if there.single < stay.single:
+        return None
+    if there.single > stay.single and there.single - stay.single >= least_doubled:
+        return Urgency.SECOND_SERVER
     return Urgency.SPEED if there.bottleneck > stay.bottleneck else None
 
 
@@ -189,7 +207,8 @@ def _is_worth_it(
     gain = there.bottleneck - stay.bottleneck
     lost = max(stay.bottleneck - without.bottleneck, 0.0) * policy.away_s
     adds = max(me.steps_per_s, coverage.usual_steps_per_s()) * me.length / coverage.num_blocks
-    return gain >= policy.least_gain * adds and gain * policy.horizon_s >= policy.margin * lost
+    least = max(policy.least_gain * adds, policy.least_share * stay.bottleneck)
+    return gain >= least and gain * policy.horizon_s >= policy.margin * lost
 
 
 def _order(move: Move) -> tuple[float, float, bytes]:

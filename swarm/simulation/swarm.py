@@ -148,8 +148,9 @@ class _Swarm:
     def _consider(self, server: _Server) -> None:
         if server.is_gone or server.is_moving or server.is_cut_off or not server.is_serving:
             return
-        seen = list(self._seen_hostings.values()) if not self._strategy.claims else ()
-        move = self._strategy.wants(server.hosting, self._seen_without(server), seen, self._random)
+        move = self._strategy.wants(
+            server.hosting, self._seen_without(server), self._seen_hostings.values(), self._random
+        )  # fmt: skip
         if move is None:
             return
         server.is_moving = True
