@@ -29,6 +29,8 @@ from swarm.models.quantization import (
     quantize_linears,
     quantized_head,
 )
+from swarm.models.quantization.int8 import Int8Linear
+from swarm.models.quantization.int8_levels import BytesOfLast
 from swarm.models.quantization.kernels import works
 from swarm.models.together import way_together
 from swarm.models.weight_layout import lay_out_span
@@ -109,6 +111,17 @@ def test_all_kernels_that_work_here_mean_the_same_and_give_back_their_levels(sch
     for kernel in candidates:
         restored = kernel.restore(*kernel.arrange(trial.levels))
         assert all(torch.equal(getattr(restored, name), held) for name, held in vars(trial.levels).items())
+
+
+def test_a_layer_gives_what_its_kernel_gives_whichever_that_is() -> None:
+    trial = int8_kernels.trial((192, 128), torch.device("cpu"))
+    for kernel in int8_kernels.KERNELS:
+        if works(kernel, trial):
+            layer = Int8Linear(trial.levels, None, BytesOfLast(), kernel)
+            for rows in (*trial.few, trial.many):
+                expected = trial.product(rows).float()
+                assert (layer(rows) - expected).norm() <= trial.tolerance * expected.norm()
+                assert torch.equal(layer(rows), kernel.multiply(rows, *kernel.arrange(trial.levels)))
 
 
 def test_one_large_number_does_not_drown_the_others_of_its_row() -> None:

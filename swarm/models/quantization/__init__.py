@@ -65,6 +65,11 @@ def quantize_linears(
             quantize_linears(child, scheme, for_file=for_file, memory=memory)
 
 
+def computes_in_bfloat16(module: nn.Module) -> bool:
+    """Whether layers in `module` round what they are given to bfloat16, and what they return."""
+    return any(isinstance(each, Int4Linear | Nf4Linear) for each in module.modules())
+
+
 def quantized_head(head: nn.Linear) -> Int8Linear:
     """A copy of the layer that makes logits, in 8 bits whatever the scheme of the others."""
     return Int8Linear.quantize(head.weight.data, head.bias, BytesOfLast())

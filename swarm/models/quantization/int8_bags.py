@@ -16,6 +16,7 @@ import functools
 import torch
 from torch.nn import functional
 
+from swarm.models.quantization.groups import multiply_by_chunks
 from swarm.models.quantization.int8_levels import Int8Levels
 
 _FEW_ROWS = 8
@@ -28,8 +29,6 @@ _VECTOR = 8
 _PARAMETERS = torch.tensor([1.0, -128.0])
 """What fbgemm multiplies bytes by and adds, which it reads behind every table row."""
 _PARAMETER_BYTES = _PARAMETERS.nbytes
-_CHUNK_WEIGHTS = 1 << 18
-"""So many weights are dequantized at a time: they stay in a cache until they are used."""
 
 OVERHEAD = 0.1
 """Bytes beyond one for a weight: 8 to a row of at most 96, and what it takes to fill blocks."""
@@ -73,11 +72,14 @@ def _sums(rows: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
 
 
 def _dequantized_product(rows: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-    count, inputs = rows.shape
-    blocks = tables[:, :-_PARAMETER_BYTES].unflatten(0, (-1, inputs))
-    some = max(1, _CHUNK_WEIGHTS // blocks[0].numel())
-    products = [torch.matmul(rows, chunk.float().sub_(128)) for chunk in blocks.split(some)]
-    return torch.cat(products).transpose(0, 1).reshape(count, -1)
+    blocks = tables[:, :-_PARAMETER_BYTES].unflatten(0, (-1, rows.shape[1]))
+    count, inputs, block = blocks.shape
+
+    def dequantize(first: int, to: int) -> torch.Tensor:
+        part = blocks[first // block : to // block].transpose(0, 1)
+        return torch.empty(part.shape).copy_(part).sub_(128).view(inputs, -1)
+
+    return multiply_by_chunks(rows, count * block, dequantize, multiple=block)
 
 
 def _block(outputs: int) -> int:

@@ -40,7 +40,7 @@ def trial(shape: Sequence[int], device: torch.device) -> Trial[Int8Levels]:
     levels = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, generator=generator)
     levels[0] = 127
     weight = Int8Levels(levels.to(device), torch.ones(outputs, device=device))
-    few, many = [rows(1), rows(16)], rows(512)
+    few, many = [rows(1), rows(4), rows(16)], rows(512)
     few[1][0] = 1
     true = weight.levels.double().t()
     return Trial(weight, few, many, lambda rows: rows.double() @ true, _TOLERANCE)
@@ -93,10 +93,8 @@ class _Packed(_Integers):
         return multiply_rounded(rows, product)
 
 
-class ByRows(_Integers):
+class _AsTheyAre:
     """A row of weights for every output."""
-
-    name = "rows"
 
     def arrange(self, levels: Int8Levels) -> tuple[torch.Tensor, torch.Tensor]:
         return levels.levels.contiguous(), levels.scale
@@ -104,6 +102,12 @@ class ByRows(_Integers):
     def restore(self, *arranged: torch.Tensor) -> Int8Levels:
         weight, scale = arranged
         return Int8Levels(weight, scale)
+
+
+class ByRows(_Integers, _AsTheyAre):
+    """torch's product of integers."""
+
+    name = "rows"
 
     def _products(self, rows: torch.Tensor, *arranged: torch.Tensor) -> torch.Tensor:
         weight, scale = arranged
@@ -140,7 +144,7 @@ class _Bitsandbytes(ByRows):
         return product
 
 
-class _InFloats(ByRows):
+class _InFloats(_AsTheyAre):
     """Works everywhere."""
 
     name = "floats"

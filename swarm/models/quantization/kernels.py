@@ -131,7 +131,7 @@ def _measure(situation: Situation, kernels: Sequence[Kernel[Levels]], trial: Tri
     times: dict[str, list[list[float]]] = {name: [] for name in calls}
     for _ in range(1 + _ROUNDS):
         for name, ways in calls.items():
-            times[name].append([_time(call) for call in ways])
+            times[name].append([_time(call, trial.many.device) for call in ways])
     medians = {name: [statistics.median(of) for of in zip(*rounds[1:], strict=True)] for name, rounds in times.items()}
     name = decide(medians)
     logger.info("%s of %s, in ms: %s", name, situation, {one: [1e3 * s for s in of] for one, of in medians.items()})
@@ -144,7 +144,7 @@ def _hopeful(kernels: Sequence[Kernel[Levels]], trial: Trial[Levels]) -> list[Ke
     for kernel in kernels:
         arranged = kernel.arrange(trial.levels)
         ways = [functools.partial(_multiply_once, kernel, rows, arranged) for rows in trial.few]
-        each = [min(_time(way) for _ in range(2)) for way in ways]
+        each = [min(_time(way, trial.many.device) for _ in range(2)) for way in ways]
         times.append(math.prod(each) ** (1 / len(each)))
     return [kernel for kernel, time_s in zip(kernels, times, strict=True) if time_s <= _HOPELESS * min(times)]
 
@@ -169,7 +169,9 @@ def _calls(kernel: Kernel[Levels], trial: Trial[Levels]) -> list[Callable[[], ob
     ]
 
 
-def _time(call: Callable[[], object]) -> float:
-    begun = time.perf_counter()
+def _time(call: Callable[[], object], device: torch.device) -> float:
+    # A thread's own time does not count what else runs on the machine; of several threads, all are waited for.
+    clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    begun = clock()
     call()
-    return time.perf_counter() - begun
+    return clock() - begun
