@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from swarm.models.quantization import int4, int8, nf4
 from swarm.models.quantization.int4 import Int4Linear
-from swarm.models.quantization.int8 import BytesOfLast, Int8Linear
+from swarm.models.quantization.int8 import Int8Linear
+from swarm.models.quantization.int8_levels import BytesOfLast
 from swarm.models.quantization.nf4 import Nf4Linear
 
 SCHEMES = ("int8", "nf4", "int4")
@@ -62,6 +63,11 @@ def quantize_linears(
             setattr(module, name, quantized)
         else:
             quantize_linears(child, scheme, for_file=for_file, memory=memory)
+
+
+def computes_in_bfloat16(module: nn.Module) -> bool:
+    """Whether layers in `module` round what they are given to bfloat16, and what they return."""
+    return any(isinstance(each, Int4Linear | Nf4Linear) for each in module.modules())
 
 
 def quantized_head(head: nn.Linear) -> Int8Linear:

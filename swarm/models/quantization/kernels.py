@@ -30,6 +30,8 @@ _WORTHWHILE = 0.95
 _SAMPLE_BYTES = 48 * 1024**2
 """Decode steps are timed over this much, which few caches hold."""
 _MOST_COPIES = 128
+_HOPELESS = 4
+"""A kernel that takes so many times as long as another for few rows of one weight is timed no further."""
 _SAMPLE_WEIGHTS = 1 << 22
 
 
@@ -125,15 +127,30 @@ def _measure(situation: Situation, kernels: Sequence[Kernel[Levels]], trial: Tri
         raise RuntimeError(f"no kernel for {situation.scheme} weights works on {situation.processor}")
     if len(working) == 1:
         return working[0].name
-    calls = {kernel.name: _calls(kernel, trial) for kernel in working}
+    calls = {kernel.name: _calls(kernel, trial) for kernel in _hopeful(working, trial)}
     times: dict[str, list[list[float]]] = {name: [] for name in calls}
     for _ in range(1 + _ROUNDS):
         for name, ways in calls.items():
-            times[name].append([_time(call) for call in ways])
+            times[name].append([_time(call, trial.many.device) for call in ways])
     medians = {name: [statistics.median(of) for of in zip(*rounds[1:], strict=True)] for name, rounds in times.items()}
     name = decide(medians)
     logger.info("%s of %s, in ms: %s", name, situation, {one: [1e3 * s for s in of] for one, of in medians.items()})
     return name
+
+
+def _hopeful(kernels: Sequence[Kernel[Levels]], trial: Trial[Levels]) -> list[Kernel[Levels]]:
+    """Those worth the time that it takes to time them well: some kernels take a hundred times as long as others."""
+    times = []
+    for kernel in kernels:
+        arranged = kernel.arrange(trial.levels)
+        ways = [functools.partial(_multiply_once, kernel, rows, arranged) for rows in trial.few]
+        each = [min(_time(way, trial.many.device) for _ in range(2)) for way in ways]
+        times.append(math.prod(each) ** (1 / len(each)))
+    return [kernel for kernel, time_s in zip(kernels, times, strict=True) if time_s <= _HOPELESS * min(times)]
+
+
+def _multiply_once(kernel: Kernel[Levels], rows: torch.Tensor, arranged: Sequence[torch.Tensor]) -> torch.Tensor:
+    return kernel.multiply(rows, *arranged).cpu()
 
 
 def _calls(kernel: Kernel[Levels], trial: Trial[Levels]) -> list[Callable[[], object]]:
@@ -148,11 +165,13 @@ def _calls(kernel: Kernel[Levels], trial: Trial[Levels]) -> list[Callable[[], ob
 
     return [
         *(functools.partial(decode, rows) for rows in trial.few),
-        lambda: kernel.multiply(trial.many, *arranged).cpu(),
+        functools.partial(_multiply_once, kernel, trial.many, arranged),
     ]
 
 
-def _time(call: Callable[[], object]) -> float:
-    begun = time.perf_counter()
+def _time(call: Callable[[], object], device: torch.device) -> float:
+    # A thread's own time does not count what else runs on the machine; of several threads, all are waited for.
+    clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    begun = clock()
     call()
-    return time.perf_counter() - begun
+    return clock() - begun
