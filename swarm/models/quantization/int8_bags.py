@@ -5,8 +5,8 @@ input. fbgemm compiles code for such sums on the machine (AVX2 and AVX-512): it 
 in registers, and reads nothing but bytes. Each block of outputs is a table of its own, so that its sums stay in
 registers while its bytes are read from the first to the last. Rows are not rounded.
 
-Measured on a Zen 3 (AVX2, no VNNI), one thread, 576 inputs to 960 outputs, µs at 1 / 2 / 4 / 8 / 16 / 64 rows: fp32 as
-oneDNN packs it 393 / 457 / 539 / 579 / 877 / 1580, so 110 / 165 / 247 / 445 / 727 / 1741.
+Measured on a busy Zen 3 (AVX2, no VNNI), one thread, 576 inputs to 960 outputs, best of four, µs at 1 / 2 / 4 / 8 rows:
+fp32 as oneDNN packs it 393 / 457 / 539 / 579, so 110 / 165 / 247 / 445.
 """
 
 from __future__ import annotations
