@@ -44,11 +44,10 @@ class LinkTimes:
 
     @property
     def doubts_s(self) -> dict[str, float]:
-        """By how much each of them may be off: as far as the usual ping is from the shortest, and by as much as this
-        event loop was late itself when it asked. Next to nothing, unless a machine or a way is busy: then near servers
-        cannot be told apart."""
-        doubts_s = {peer_id: statistics.fmean(recent) - min(recent) for peer_id, recent in self._recent.items()}
-        return {peer_id: max(doubts_s.get(peer_id, 0.0), self._late_s.get(peer_id, 0.0)) for peer_id in self.rtts_s}
+        """By how much each of them may be off: as far as the usual ping is from the shortest, and, until sessions have
+        brought more pings, by as much as this event loop was late itself when it asked. Next to nothing, unless a
+        machine or a way is busy: then near servers cannot be told apart."""
+        return {peer_id: self._doubt_s(peer_id) for peer_id in self.rtts_s}
 
     async def ask(self, servers: Collection[Announcement]) -> None:
         """Ask some of those of which nothing is known, for a second at most."""
@@ -75,6 +74,11 @@ class LinkTimes:
         self._recent.setdefault(peer_id, deque(maxlen=_REMEMBERED)).append(rtt_s)
         far = known_s is not None and rtt_s > known_s
         self.rtts_s[peer_id] = known_s + _FORGETTING * (rtt_s - known_s) if far and known_s is not None else rtt_s
+
+    def _doubt_s(self, peer_id: str) -> float:
+        recent = self._recent.get(peer_id, ())
+        late_s = self._late_s.get(peer_id, 0.0) if len(recent) <= _PINGS else 0.0
+        return max(late_s, statistics.fmean(recent) - min(recent) if recent else 0.0)
 
     async def _ask(self, server: Announcement) -> None:
         try:
