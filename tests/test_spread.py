@@ -1,7 +1,11 @@
-"""Load over real servers: many clients at once spread over those that are as good as one another."""
+"""Load over real servers: many clients at once spread over those that are as good as one another.
+
+The live part is for a machine that does nothing else: ``SWARM_SPREAD=1 pytest tests/test_spread.py``.
+"""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +31,7 @@ def servers(swarm: LocalSwarm, tiny: str) -> list[LocalPeer]:
     return [first, *swarm.start_servers(tiny, ["0:4"] * (SERVERS - 1), "--threads", "1")]
 
 
+@pytest.mark.skipif("SWARM_SPREAD" not in os.environ, reason="needs a machine that does nothing else: SWARM_SPREAD=1")
 def test_thirty_two_users_at_once_load_eight_servers_in_proportion_to_what_they_bear(
     servers: list[LocalPeer], tiny: str, connect: Callable[..., Any]
 ) -> None:

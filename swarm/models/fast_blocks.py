@@ -44,7 +44,7 @@ class FastBlocks:
     """
 
     runs_one_faster = True
-    most_positions = 32
+    most_positions = 16
 
     def __init__(self, rotary: nn.Module, blocks: dict[int, _Block]) -> None:
         self._rotary, self._blocks = rotary, blocks

@@ -19,7 +19,7 @@ from torch.nn import functional
 from swarm.models.quantization.groups import multiply_by_chunks
 from swarm.models.quantization.int8_levels import Int8Levels
 
-_FEW_ROWS = 8
+_FEW_ROWS = 16
 """Each of them reads all weights: more are faster multiplied with dequantized ones."""
 
 _MOST_OUTPUTS = 96

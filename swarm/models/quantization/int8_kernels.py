@@ -40,7 +40,7 @@ def trial(shape: Sequence[int], device: torch.device) -> Trial[Int8Levels]:
     levels = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, generator=generator)
     levels[0] = 127
     weight = Int8Levels(levels.to(device), torch.ones(outputs, device=device))
-    few, many = [rows(1), rows(4), rows(16)], rows(512)
+    few, many = [rows(1), rows(4), rows(16)], rows(128)
     few[1][0] = 1
     true = weight.levels.double().t()
     return Trial(weight, few, many, lambda rows: rows.double() @ true, _TOLERANCE)

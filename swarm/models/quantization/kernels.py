@@ -32,7 +32,7 @@ _SAMPLE_BYTES = 48 * 1024**2
 _MOST_COPIES = 128
 _HOPELESS = 4
 """A kernel that takes so many times as long as another for few rows of one weight is timed no further."""
-_SAMPLE_WEIGHTS = 1 << 22
+_SAMPLE_WEIGHTS = 1 << 21
 
 
 class Kernel(Protocol[Levels]):
@@ -74,7 +74,7 @@ def fastest(
     kernels: Sequence[Kernel[Levels]],
     trial: Callable[[], Trial[Levels]],
 ) -> Kernel[Levels]:
-    """The kernel that is fastest for a weight ``[outputs, inputs]``, as remembered, else as measured now (0.3 s).
+    """The kernel that is fastest for a weight ``[outputs, inputs]``, as remembered, else as measured now (1 to 3 s).
 
     Args:
         kernels: the candidates; of equals the first is taken.
@@ -109,25 +109,37 @@ def sampled_outputs(outputs: int, inputs: int) -> int:
 
 def works(kernel: Kernel[Levels], trial: Trial[Levels]) -> bool:
     """Whether `kernel` runs on this machine and computes the true product."""
+    return _computes(kernel, trial, _true_products(trial))
+
+
+def _computes(kernel: Kernel[Levels], trial: Trial[Levels], products: Sequence[torch.Tensor]) -> bool:
+    """Likewise; `products` are the true ones, of all rows of the trial."""
     try:
         arranged = kernel.arrange(trial.levels)
-        pairs = [(kernel.multiply(rows, *arranged).double(), trial.product(rows)) for rows in (*trial.few, trial.many)]
+        found = [kernel.multiply(rows, *arranged).double() for rows in (*trial.few, trial.many)]
     except Exception as error:  # whatever a backend raises that lacks something
         logger.debug("%s does not work here: %r", kernel.name, error)
         return False
     return all(
-        found.shape == true.shape and bool((found - true).norm() <= trial.tolerance * true.norm())
-        for found, true in pairs
+        one.shape == true.shape and bool((one - true).norm() <= trial.tolerance * true.norm())
+        for one, true in zip(found, products, strict=True)
     )
 
 
+def _true_products(trial: Trial[Levels]) -> list[torch.Tensor]:
+    return [trial.product(rows) for rows in (*trial.few, trial.many)]
+
+
 def _measure(situation: Situation, kernels: Sequence[Kernel[Levels]], trial: Trial[Levels]) -> str:
-    working = [kernel for kernel in kernels if works(kernel, trial)]
+    products, hopeful = _true_products(trial), _hopeful(kernels, trial)
+    working = [kernel for kernel in hopeful if _computes(kernel, trial, products)]
+    if not working:
+        working = [one for one in kernels if one not in hopeful and _computes(one, trial, products)]
     if not working:
         raise RuntimeError(f"no kernel for {situation.scheme} weights works on {situation.processor}")
     if len(working) == 1:
         return working[0].name
-    calls = {kernel.name: _calls(kernel, trial) for kernel in _hopeful(working, trial)}
+    calls = {kernel.name: _calls(kernel, trial) for kernel in working}
     times: dict[str, list[list[float]]] = {name: [] for name in calls}
     for _ in range(1 + _ROUNDS):
         for name, ways in calls.items():
@@ -139,14 +151,19 @@ def _measure(situation: Situation, kernels: Sequence[Kernel[Levels]], trial: Tri
 
 
 def _hopeful(kernels: Sequence[Kernel[Levels]], trial: Trial[Levels]) -> list[Kernel[Levels]]:
-    """Those worth the time that it takes to time them well: some kernels take a hundred times as long as others."""
-    times = []
+    """Those worth the time that it takes to try them with many rows: some take a hundred times as long as others."""
+    times: dict[str, float] = {}
     for kernel in kernels:
-        arranged = kernel.arrange(trial.levels)
-        ways = [functools.partial(_multiply_once, kernel, rows, arranged) for rows in trial.few]
-        each = [min(_time(way, trial.many.device) for _ in range(2)) for way in ways]
-        times.append(math.prod(each) ** (1 / len(each)))
-    return [kernel for kernel, time_s in zip(kernels, times, strict=True) if time_s <= _HOPELESS * min(times)]
+        try:
+            arranged = kernel.arrange(trial.levels)
+            ways = [functools.partial(_multiply_once, kernel, rows, arranged) for rows in trial.few]
+            each = [min(_time(way, trial.many.device) for _ in range(2)) for way in ways]
+        except Exception as error:  # as above
+            logger.debug("%s does not work here: %r", kernel.name, error)
+            continue
+        times[kernel.name] = math.prod(each) ** (1 / len(each))
+    limit = _HOPELESS * min(times.values(), default=0.0)
+    return [kernel for kernel in kernels if times.get(kernel.name, math.inf) <= limit]
 
 
 def _multiply_once(kernel: Kernel[Levels], rows: torch.Tensor, arranged: Sequence[torch.Tensor]) -> torch.Tensor:
