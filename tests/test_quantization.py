@@ -20,17 +20,7 @@ from swarm.commands.local_swarm import LocalSwarm
 from swarm.errors import NoRoute
 from swarm.models import load_span, open_checkpoint
 from swarm.models.packed_linear import LinearWithCopy
-from swarm.models.quantization import (
-    SCHEMES,
-    bytes_per_weight,
-    int4,
-    int8_kernels,
-    nf4,
-    quantize_linears,
-    quantized_head,
-)
-from swarm.models.quantization.int8 import Int8Linear
-from swarm.models.quantization.int8_levels import BytesOfLast
+from swarm.models.quantization import SCHEMES, bytes_per_weight, int4, int8, nf4, quantize_linears, quantized_head
 from swarm.models.quantization.kernels import works
 from swarm.models.together import way_together
 from swarm.models.weight_layout import lay_out_span
@@ -75,11 +65,9 @@ def test_a_quantized_layer_comes_close(scheme: str, bias: bool, dtype: torch.dty
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_quantized_layer_takes_the_bytes_that_the_plan_counts(scheme: str) -> None:
-    layer = quantized(linear(512, 768), scheme)
+    layer = quantized(linear(512, 256), scheme)
     held = sum(held.numel() * held.element_size() for held in (*layer.parameters(), *layer.buffers()))
-    planned = bytes_per_weight(scheme, torch.float32) * 512 * 768
-    assert held <= planned * 1.01
-    assert held >= planned * (0.9 if scheme == "int8" else 0.99)  # of its kernels, some need more than others
+    assert held == pytest.approx(bytes_per_weight(scheme, torch.float32) * 512 * 256, rel=0.02)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -89,8 +77,10 @@ def test_a_row_is_the_same_in_whatever_batch_it_comes(scheme: str, rows: int) ->
     together = layer(hidden)
     for row in range(rows):
         alone = layer(hidden[row : row + 1])
-        tolerance = 1e-5 if scheme == "int8" else 0.01
-        torch.testing.assert_close(alone, together[row : row + 1], rtol=0, atol=tolerance * float(alone.abs().max()))
+        if scheme == "int8":
+            assert torch.equal(alone, together[row : row + 1])
+        else:
+            torch.testing.assert_close(alone, together[row : row + 1], rtol=0, atol=0.01 * float(alone.abs().max()))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -103,7 +93,7 @@ def test_odd_shapes(scheme: str, inputs: int, outputs: int) -> None:
     assert (found - expected).norm() < 2 * WORST[scheme] * expected.norm()
 
 
-@pytest.mark.parametrize("scheme, module", [("int8", int8_kernels), ("nf4", nf4), ("int4", int4)])
+@pytest.mark.parametrize("scheme, module", [("int8", int8), ("nf4", nf4), ("int4", int4)])
 def test_all_kernels_that_work_here_mean_the_same_and_give_back_their_levels(scheme: str, module: Any) -> None:
     trial = module.trial((192, 128), torch.device("cpu"))
     candidates = [*module.KERNELS, *getattr(module, "CUDA_KERNELS", ())]
@@ -111,17 +101,6 @@ def test_all_kernels_that_work_here_mean_the_same_and_give_back_their_levels(sch
     for kernel in candidates:
         restored = kernel.restore(*kernel.arrange(trial.levels))
         assert all(torch.equal(getattr(restored, name), held) for name, held in vars(trial.levels).items())
-
-
-def test_a_layer_gives_what_its_kernel_gives_whichever_that_is() -> None:
-    trial = int8_kernels.trial((192, 128), torch.device("cpu"))
-    for kernel in int8_kernels.KERNELS:
-        if works(kernel, trial):
-            layer = Int8Linear(trial.levels, None, BytesOfLast(), kernel)
-            for rows in (*trial.few, trial.many):
-                expected = trial.product(rows).float()
-                assert (layer(rows) - expected).norm() <= trial.tolerance * expected.norm()
-                assert torch.equal(layer(rows), kernel.multiply(rows, *kernel.arrange(trial.levels)))
 
 
 def test_one_large_number_does_not_drown_the_others_of_its_row() -> None:
@@ -149,7 +128,7 @@ def test_layers_that_share_their_input_do_not_mistake_it() -> None:
     quantize_linears(holder, "int8")
     one, other = states(2, 64), states(2, 64, seed=2)
     for name, hidden in [("query", one), ("key", one), ("down", other), ("query", other), ("query", one)]:
-        torch.testing.assert_close(holder[name](hidden), alone[name](hidden), rtol=0, atol=1e-5)
+        assert torch.equal(holder[name](hidden), alone[name](hidden))
 
 
 def test_weights_of_zero_and_rows_of_zero_stay_zero() -> None:
@@ -211,7 +190,7 @@ def test_the_plan_counts_quantized_weights() -> None:
         for scheme in (None, *SCHEMES)
     }
     exact = plans[None].weight_bytes
-    for scheme, share in {"int8": 8.8 / 32, "nf4": 4.25 / 32, "int4": 5 / 32}.items():
+    for scheme, share in {"int8": 8 / 32, "nf4": 4.25 / 32, "int4": 5 / 32}.items():
         assert plans[scheme].weight_bytes / exact == pytest.approx(share, rel=0.04)
 
 

@@ -13,8 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from swarm.models.quantization import int4, int8, nf4
 from swarm.models.quantization.int4 import Int4Linear
-from swarm.models.quantization.int8 import Int8Linear
-from swarm.models.quantization.int8_levels import BytesOfLast
+from swarm.models.quantization.int8 import BytesOfLast, Int8Linear
 from swarm.models.quantization.nf4 import Nf4Linear
 
 SCHEMES = ("int8", "nf4", "int4")

@@ -74,7 +74,7 @@ def fastest(
     kernels: Sequence[Kernel[Levels]],
     trial: Callable[[], Trial[Levels]],
 ) -> Kernel[Levels]:
-    """The kernel that is fastest for a weight ``[outputs, inputs]``, as remembered, else as measured now (1 to 3 s).
+    """The kernel that is fastest for a weight ``[outputs, inputs]``, as remembered, else as measured now (within a second).
 
     Args:
         kernels: the candidates; of equals the first is taken.
