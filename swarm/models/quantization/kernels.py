@@ -74,7 +74,7 @@ def fastest(
     kernels: Sequence[Kernel[Levels]],
     trial: Callable[[], Trial[Levels]],
 ) -> Kernel[Levels]:
-    """The kernel that is fastest for a weight ``[outputs, inputs]``, as remembered, else as measured now (within a second).
+    """The kernel that is fastest for a weight ``[outputs, inputs]``, as remembered, else as measured now (0.3 s).
 
     Args:
         kernels: the candidates; of equals the first is taken.
