@@ -1,8 +1,7 @@
 """Three distant servers: decode and prefill over the three networks of the Petals paper, beside what physics allows.
 
-SmolLM2-135M in fp32 on three servers (blocks 0-9, 10-19, 20-29) on hosts of the laboratory (`tests.netlab`); the client
-and the bootstrap peer have hosts of their own. Each may use all of this machine's cores, as volunteers' servers may use
-theirs: in a decode step they work one after another. The networks are those of the
+SmolLM2-135M in fp32 on three servers (blocks 0-9, 10-19, 20-29), one computing thread each, on hosts of the
+laboratory (`tests.netlab`); the client and the bootstrap peer have hosts of their own. The networks are those of the
 performance table of Borzunov et al., "Petals" (2022, 2023): 1 Gbit/s and 5 ms, 100 Mbit/s and 5 ms, 100 Mbit/s and
 100 ms of round trip, between any two hosts. *Star*: every hidden state returns to the client (``chain=False``).
 *Chain*: servers send straight to one another. Both are open at once, take turns, and must give the same logits, bit
@@ -20,9 +19,9 @@ The bounds assume four journeys, client → 1 → 2 → 3 → client, and nothin
 - decode: the four delays + what the three servers computed + what the client computed (embedding, norm, head). The
   time on the wire (0.2 ms for each journey at 100 Mbit/s) and every message, copy and thread switch are not in it.
 - prefill: the same delays and the client's computing + the longest of three things that are busy all the time in a
-  perfect pipeline: one link (the fp32 hidden states of 512 tokens at its bandwidth), and this machine's cores (all
-  three servers on them). How busy they were is the servers' processor time, which does not grow when one has to wait
-  for a core. TCP's slow start is not in it.
+  perfect pipeline: one link (the fp32 hidden states of 512 tokens at its bandwidth), the busiest server (one thread),
+  and this machine's cores (all three servers on them). How busy a server was is its processor time, which does not
+  grow when it has to wait for a core. TCP's slow start is not in it.
 """
 
 from __future__ import annotations
@@ -114,7 +113,7 @@ def main() -> None:
     report = Report.from_command_line(__doc__ or "")
     if (reason := netlab_available()) is not None:
         sys.exit(f"This benchmark needs a laboratory of network namespaces, which this machine cannot have: {reason}.")
-    torch.set_num_threads(_CORES)
+    torch.set_num_threads(1)
     load_before = os.getloadavg()[0]
     with (
         Laboratory(["client", "bootstrap", *_SERVERS]) as lab,
@@ -124,14 +123,7 @@ def main() -> None:
         report.progress("starting three servers")
         servers = [
             swarm.start_server(
-                "smollm2",
-                "--blocks",
-                span,
-                "--threads",
-                str(_CORES),
-                "--no-prompt-reuse",
-                wait=False,
-                host=lab.host(host),
+                "smollm2", "--blocks", span, "--threads", "1", "--no-prompt-reuse", wait=False, host=lab.host(host)
             )
             for span, host in zip(_SPANS, _SERVERS, strict=True)
         ]
@@ -195,7 +187,7 @@ def _prefill_figures(
             used_s = [after - earlier for after, earlier in zip(_processor_times_s(servers), before, strict=True)]
             seconds[mode.name].append(call.total_s)
             if mode.name == "chain":
-                busiest_s = max(transfer_s, sum(used_s) / _CORES)
+                busiest_s = max(transfer_s, *used_s, sum(used_s) / _CORES)
                 seconds["bound"].append(_JOURNEYS * network.link.delay_s + call.client_s + busiest_s)
         _check_equal(logits)
     figures = {
