@@ -107,9 +107,7 @@ class ComputeThread:
             told = [
                 (
                     job.future,
-                    result
-                    if isinstance(result, BaseException)
-                    else (result, Timed(begun - job.submitted, ended - begun, len(jobs))),
+                    result if isinstance(result, BaseException) else (result, _timed(job, begun, ended, len(jobs))),
                 )
                 for job, result in zip(jobs, results, strict=True)
             ]
@@ -130,6 +128,10 @@ class ComputeThread:
                     return jobs
                 self._changed.wait()
             return []
+
+
+def _timed(job: _Job, begun: float, ended: float, together: int) -> Timed:
+    return Timed(begun - job.submitted, ended - begun, together)
 
 
 def _tell(results: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
