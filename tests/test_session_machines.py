@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from random import Random
 
 import pytest
@@ -263,6 +264,24 @@ def test_a_server_that_never_let_the_session_in_is_not_counted_as_lost(seed: int
     talk.swarm.servers["0-3-a"].alive = True
     talk.step()
     assert [one.place.peer_id for one in talk.swarm.replaced] == ["0-3-b"]
+
+
+def test_who_is_refused_before_anything_is_known_looks_for_a_whole_route() -> None:
+    machine = RoutedSession(BLOCKS, HIDDEN, lambda: secrets.token_hex(16))
+    chain = (Place("a", 0, 2), Place("b", 2, 4), Place("c", 4, 6))
+    _, actions = machine.submit(0, None, torch.zeros(1, 1, HIDDEN), None, None)
+    assert actions == [FindRoute(0, 6)]
+    _, refused, _ = (one.hop for one in machine.route_found(chain) if isinstance(one, OpenHop))
+    assert FindRoute(0, 6) in machine.lost(refused, "full", now=0.0)  # not (2, 4): another may do all of it at once
+    assert machine.places == ()
+
+    first, second, third = (one.hop for one in machine.route_found(chain) if isinstance(one, OpenHop))
+    for hop in (first, second, third):
+        machine.received(hop, Opened(dtype="float32"), {})
+    assert FindRoute(2, 4) in machine.lost(second, "died", now=0.0)
+    (again,) = (one.hop for one in machine.route_found((Place("d", 2, 4),)) if isinstance(one, OpenHop))
+    assert FindRoute(2, 4) in machine.lost(again, "full", now=0.0)  # the step is on its way: the others know of it
+    assert [place.peer_id for place in machine.places] == ["a", "c"]
 
 
 @SEEDS

@@ -324,6 +324,9 @@ class RoutedSession:
                 primary.standby = None
                 self._searching_standby.add(primary.number)  # not at once
                 return actions + self._advance()
+        if not hop.opened and not self._history and not any(vacancy.was_open for vacancy in self._vacancies):
+            # It did not let the session in, and nobody knows anything yet: rather another route than a patched one.
+            return self.close() + self._advance()
         return actions + self._vacate(hop, reason, now) + self._advance()
 
     @property
