@@ -23,6 +23,7 @@ from swarm.client.timing import HopTiming, StepTiming, time_by_hop
 from swarm.errors import (
     REMOTE_ERRORS,
     CacheFull,
+    ExpertsMissing,
     NoRoom,
     NoRoute,
     PeerError,
@@ -171,6 +172,7 @@ class Session:
         Raises:
             NoRoute: some blocks had no server until the deadline (NoRoom: none that had room, or ever will). The
                 session stays as it was before the step.
+            ExpertsMissing: nobody hosted some experts until the servers' deadline. Likewise: repeat the step later.
             SessionClosed: it was closed.
         """
         if self._closed:
@@ -462,9 +464,11 @@ class Session:
         try:
             await stream.run(heard)
         except (PeerError, RemoteError) as error:
-            if not isinstance(error, CacheFull):  # that one is well
+            if not isinstance(error, (CacheFull, ExpertsMissing)):  # that one is well
                 logger.info("lost %s: %s", stream.peer_id, error)
                 self._view.penalize(stream.peer_id, error)
+            if isinstance(error, ExpertsMissing):  # another server would not find them, either
+                self._fail(error)
             self._do(self._machine.lost(hop, str(error), time.monotonic()))
 
     def _note_full(self, peer_id: str, error: CacheFull, retry_after_s: float | None) -> None:

@@ -2,6 +2,16 @@
 
 from swarm.dht.announcement import LEASE_S, RENEWAL_S, Announcement, State, precision_name
 from swarm.dht.directory import Directory
+from swarm.dht.expert_announcement import ExpertAnnouncement
 from swarm.dht.move_claims import MoveClaims
 
-__all__ = ["LEASE_S", "RENEWAL_S", "Announcement", "Directory", "MoveClaims", "State", "precision_name"]
+__all__ = [
+    "LEASE_S",
+    "RENEWAL_S",
+    "Announcement",
+    "Directory",
+    "ExpertAnnouncement",
+    "MoveClaims",
+    "State",
+    "precision_name",
+]

@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
+from typing import TypeVar
 
 from swarm.dht.announcement import CLOCK_SLACK_S, LEASE_S, Announcement, State, directory_key
+from swarm.dht.expert_announcement import ExpertAnnouncement, experts_key
 from swarm.dht.keepers import records
 from swarm.dht.own_record import OwnRecord
 from swarm.dht.validation import AnnouncementValidator
 from swarm.errors import BootstrapFailed
 from swarm.transport.lean_hivemind import DHTNode, PeerID
 from swarm.transport.node import Node, PeerAddress
+
+_Kind = TypeVar("_Kind", Announcement, ExpertAnnouncement)
 
 
 class Directory:
@@ -25,7 +29,8 @@ class Directory:
     def __init__(self, node: Node, dht: DHTNode) -> None:
         self._node = node
         self.dht = dht
-        self._latest: dict[tuple[str, str], Announcement] = {}
+        self._latest: dict[tuple[str, str], float] = {}
+        """When what was last read of each (key, peer) had been issued."""
         self._own = OwnRecord(dht, LEASE_S)
 
     @classmethod
@@ -55,13 +60,13 @@ class Directory:
             ) from error
         return cls(node, dht)
 
-    async def announce(self, announcement: Announcement) -> bool:
+    async def announce(self, announcement: Announcement | ExpertAnnouncement) -> bool:
         """Publish this peer's announcement for one lease; it replaces the previous one.
 
         Returns:
             Whether at least one node of the DHT stored it.
         """
-        key = directory_key(announcement.model)
+        key = (directory_key if isinstance(announcement, Announcement) else experts_key)(announcement.model)
         return await self._own.store(key, announcement.peer_id, announcement.pack())
 
     async def withdraw(self, announcement: Announcement) -> None:
@@ -73,26 +78,31 @@ class Directory:
 
         Records that have run out, or that are older than one already seen from the same peer, are dropped.
         """
-        found = await records(self.dht, directory_key(model))
+        return await self._present(Announcement, directory_key(model), model)
+
+    async def experts(self, model: str) -> list[ExpertAnnouncement]:
+        """Likewise the servers of its experts."""
+        return await self._present(ExpertAnnouncement, experts_key(model), model)
+
+    async def _present(self, kind: type[_Kind], key: str, model: str) -> list[_Kind]:
+        found = await records(self.dht, key)
         now = time.time()
-        fresh: dict[str, Announcement] = {}
+        present: list[_Kind] = []
         for peer_id, (packed, expires_at) in found.items():
             try:
-                announcement = Announcement.unpack(packed)
+                announcement = kind.unpack(packed)
             except (ValueError, TypeError):
                 continue
             if expires_at < now or announcement.peer_id != peer_id or announcement.model != model:
                 continue
-            if announcement.issued_at > now + CLOCK_SLACK_S:
+            issued_at = announcement.issued_at
+            if issued_at > now + CLOCK_SLACK_S or issued_at < self._latest.get((key, peer_id), 0.0):
                 continue
-            seen = self._latest.get((model, peer_id))
-            if seen is not None and seen.issued_at > announcement.issued_at:
-                continue
-            self._latest[model, peer_id] = announcement
+            self._latest[key, peer_id] = issued_at
             if announcement.state is not State.OFFLINE:
-                fresh[peer_id] = announcement
+                present.append(announcement)
         self._forget(now)
-        return list(fresh.values())
+        return present
 
     def is_alone(self) -> bool:
         """Whether this node has lost sight of all others."""
@@ -113,6 +123,6 @@ class Directory:
             await self.dht.shutdown()
 
     def _forget(self, now: float) -> None:
-        stale = [key for key, seen in self._latest.items() if seen.issued_at < now - 2 * LEASE_S - CLOCK_SLACK_S]
+        stale = [key for key, issued_at in self._latest.items() if issued_at < now - 2 * LEASE_S - CLOCK_SLACK_S]
         for key in stale:
             del self._latest[key]

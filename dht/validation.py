@@ -15,6 +15,7 @@ from collections.abc import Callable
 import msgpack
 
 from swarm.dht.announcement import CLOCK_SLACK_S, LEASE_S, MAX_RECORD_BYTES, Announcement, directory_key
+from swarm.dht.expert_announcement import ExpertAnnouncement, experts_key
 from swarm.dht.move_claim import MoveClaim, moves_key
 from swarm.transport.identity import Identity, verify
 from swarm.transport.lean_hivemind import DHTID, DHTRecord, RecordValidatorBase
@@ -70,16 +71,16 @@ def _is_authentic(record: DHTRecord) -> bool:
     return any(_speaks_of(kind, key, packed, peer_id, record.key) for kind, key in _KINDS)
 
 
-_KINDS: tuple[tuple[type[Announcement | MoveClaim], Callable[[str], str]], ...] = (
+_Kind = type[Announcement | ExpertAnnouncement | MoveClaim]
+_KINDS: tuple[tuple[_Kind, Callable[[str], str]], ...] = (
     (Announcement, directory_key),
+    (ExpertAnnouncement, experts_key),
     (MoveClaim, moves_key),
 )
 """Every type of record, and the key under which those of a model are."""
 
 
-def _speaks_of(
-    kind: type[Announcement | MoveClaim], key_of: Callable[[str], str], packed: bytes, peer_id: str, key: bytes
-) -> bool:
+def _speaks_of(kind: _Kind, key_of: Callable[[str], str], packed: bytes, peer_id: str, key: bytes) -> bool:
     """Whether `packed` is of this kind, and in its owner's place."""
     try:
         said = kind.unpack(packed)

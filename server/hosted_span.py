@@ -103,6 +103,7 @@ def load_hosted_span(
             quantization=settings.quantization,
             offloaded_blocks=prepared.plan.offloaded_blocks,
             reuse=reuse,
+            routed={block: prepared.routed[block] for block in range(start, end) if block in prepared.routed},
             on_elements=go_on,
         )
         digests = checkpoint.digests.blocks if checkpoint.files.paths else ()

@@ -11,9 +11,11 @@ from torch import nn
 
 from swarm.dht import Announcement, Directory, State
 from swarm.errors import PeerError, SwarmError
+from swarm.models.experts import routed_experts
 from swarm.placement import Move
 from swarm.protocol.messages import LINK_PROTOCOL, STREAM_PROTOCOL
 from swarm.server.compute import ComputeThread
+from swarm.server.experts.dispatch import ExpertDispatch
 from swarm.server.hosted_span import HostedSpan, free_memory, load_hosted_span
 from swarm.server.neighbours import NetworkSpeed
 from swarm.server.network_speed import NetworkMeasurement
@@ -44,6 +46,7 @@ class Server:
         self._compute = ComputeThread(settings.threads)
         self._leave = asyncio.Event()
         self._hosted: HostedSpan | None = None
+        self._experts: ExpertDispatch | None = None
         self._abandoned = threading.Event()
 
     def leave(self) -> None:
@@ -110,6 +113,11 @@ class Server:
                     tasks.create_task(_fail_with_daemon(node)),
                 ]
                 checkpoint = self._prepared.checkpoint
+                if self._prepared.routed:
+                    self._experts = ExpertDispatch(
+                        node, directory, checkpoint.model_digest, checkpoint.hidden_size, self._prepared.dtype
+                    )
+                    watching.append(tasks.create_task(self._experts.run()))
                 await self._load(presence, {})
                 streams = StreamServer(
                     node,
@@ -118,6 +126,8 @@ class Server:
                     checkpoint.hidden_size,
                     self._prepared.dtype,
                     self._settings.idle_timeout_s,
+                    self._experts,
+                    self._settings.experts_deadline_s,
                 )
                 watching.append(
                     tasks.create_task(self._measure_network(node, directory, presence, streams, on_network))
@@ -159,6 +169,8 @@ class Server:
 
         hosted, _ = await self._compute.run(load)
         logger.info("%d of %d blocks were in memory already", hosted.reused, end - start)
+        for routed in routed_experts(hosted.span.layers):
+            routed.elsewhere = self._experts
         presence.table = hosted.new_table(self._prepared, self._settings)
         presence.speed, presence.block_digests = hosted.speed, hosted.block_digests
         self._hosted = hosted

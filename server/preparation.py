@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from swarm.models import Checkpoint, open_checkpoint
+from swarm.models.experts import RoutedTables, find_expert_tensors
 from swarm.models.kv_size import kv_bytes_per_position
 from swarm.models.offload import WINDOW_BLOCKS
 from swarm.models.quantization import SCHEMES, SCHEMES_FOR_FILES, SCHEMES_ON, bytes_per_weight
@@ -26,6 +27,8 @@ class Prepared:
     device: torch.device
     dtype: torch.dtype
     plan: MemoryPlan
+    routed: RoutedTables = field(default_factory=dict)
+    """Blocks whose routed experts are not all hosted here, and those of them that are."""
 
 
 def prepare(settings: ServerSettings) -> Prepared:
@@ -51,8 +54,12 @@ def prepare(settings: ServerSettings) -> Prepared:
     memory_bytes, memory_from = allowed_memory(device, settings.memory_bytes)
     if settings.quantization is not None:
         _check_quantization(settings.quantization, checkpoint, device, offload=settings.offload)
+    routed = _routed(settings, checkpoint)
     plan = make_plan(
-        [_block_bytes(checkpoint, block, settings.quantization, dtype) for block in range(checkpoint.num_blocks)],
+        [
+            _block_bytes(checkpoint, block, settings.quantization, dtype, routed)
+            for block in range(checkpoint.num_blocks)
+        ],
         kv_bytes_per_position(checkpoint.config, dtype),
         memory_bytes,
         memory_from,
@@ -62,7 +69,18 @@ def prepare(settings: ServerSettings) -> Prepared:
         kept_bytes_per_position=_KEPT_COPIES * checkpoint.hidden_size * dtype.itemsize if device.type == "cpu" else 0,
         window_blocks=WINDOW_BLOCKS if settings.offload else 0,
     )
-    return Prepared(checkpoint, device, dtype, plan)
+    return Prepared(checkpoint, device, dtype, plan, routed)
+
+
+def _routed(settings: ServerSettings, checkpoint: Checkpoint) -> RoutedTables:
+    if settings.experts is None:
+        return {}
+    if settings.quantization or settings.offload:
+        raise ValueError("--experts does not go together with --quantize or --offload")
+    tables = find_expert_tensors(checkpoint)
+    hosted = settings.experts.hosted(tables, settings.model)
+    kept = {block: hosted.get(block, frozenset()) for block in tables}
+    return {block: (tables[block], experts) for block, experts in kept.items() if len(experts) < tables[block].count}
 
 
 def _check_quantization(scheme: str, checkpoint: Checkpoint, device: torch.device, *, offload: bool) -> None:
@@ -78,8 +96,14 @@ def _check_quantization(scheme: str, checkpoint: Checkpoint, device: torch.devic
         raise ValueError(f"{checkpoint.name} has experts, which cannot be quantized yet; leave --quantize out")
 
 
-def _block_bytes(checkpoint: Checkpoint, block: int, quantization: str | None, dtype: torch.dtype) -> int:
+def _block_bytes(
+    checkpoint: Checkpoint, block: int, quantization: str | None, dtype: torch.dtype, routed: RoutedTables
+) -> int:
     """What a block's weights occupy once they are loaded."""
+    if block in routed:
+        tensors, kept = routed[block]
+        elsewhere = tensors.elements_of_one(checkpoint) * (tensors.count - len(kept))
+        return (checkpoint.block_elements(block) - elsewhere) * dtype.itemsize
     entries = [checkpoint.files.entries[name] for name in checkpoint.tensor_names(block)]
     each = [
         bytes_per_weight(quantization if len(entry.shape) == 2 else None, dtype) * entry.elements for entry in entries

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import time
 
 from swarm import __version__
-from swarm.dht import RENEWAL_S, Announcement, Directory, State, precision_name
-from swarm.errors import SwarmError
+from swarm.dht import Announcement, Directory, State, precision_name
 from swarm.protocol.tensors import dtype_name
+from swarm.server.announcer import Announcer
 from swarm.server.neighbours import NetworkSpeed
 from swarm.server.preparation import Prepared
 from swarm.server.sessions import SessionTable
 from swarm.server.settings import ServerSettings
 from swarm.server.throughput import ComputeSpeed
 from swarm.transport.node import Node
-
-logger = logging.getLogger(__name__)
 
 
 class Presence:
@@ -31,9 +27,8 @@ class Presence:
     """
 
     def __init__(self, settings: ServerSettings, prepared: Prepared, node: Node, directory: Directory) -> None:
-        self._settings, self._prepared, self._node, self._directory = settings, prepared, node, directory
-        self._renew = asyncio.Event()
-        self._one_at_a_time = asyncio.Lock()
+        self._settings, self._prepared, self._node = settings, prepared, node
+        self._announcer = Announcer(node, directory, settings.initial_peers, self._announcement)
         self.state = State.JOINING
         self.bounds = (0, 0)
         self.tentative = False
@@ -50,14 +45,11 @@ class Presence:
 
     def renew_soon(self) -> None:
         """Something has changed, and there is no hurry: :meth:`keep_announced` will say so."""
-        self._renew.set()
+        self._announcer.renew_soon()
 
     async def announce(self) -> tuple[Announcement, bool]:
         """Tell everybody now; returns what was said, and whether any node of the directory stored it."""
-        async with self._one_at_a_time:  # what was made first must not be stored last
-            addresses = tuple((await self._node.addresses())[:8])
-            announcement = self._announcement(addresses)
-            return announcement, await self._directory.announce(announcement)
+        return await self._announcer.announce()
 
     async def withdraw(self) -> None:
         """Tell everybody that this server has left."""
@@ -66,22 +58,7 @@ class Presence:
 
     async def keep_announced(self) -> None:
         """Renew the announcement for ever; find the way back into the swarm if it is lost."""
-        while True:
-            self._renew.clear()
-            try:
-                _, stored = await self.announce()
-                if self._settings.initial_peers and self._directory.is_alone():
-                    logger.warning("no other peer is in sight; trying the initial peers again")
-                    await self._directory.rejoin(self._settings.initial_peers)
-                elif not stored:
-                    logger.warning("the announcement was not stored; trying again in %.0f s", RENEWAL_S)
-            except SwarmError as error:
-                logger.warning("could not announce: %s", error)
-            try:
-                async with asyncio.timeout(RENEWAL_S):
-                    await self._renew.wait()
-            except TimeoutError:
-                pass
+        await self._announcer.keep_announced()
 
     def _announcement(self, addresses: tuple[str, ...]) -> Announcement:
         checkpoint, (start, end) = self._prepared.checkpoint, self.bounds

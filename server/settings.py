@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from swarm.placement import MovePolicy
+from swarm.server.experts.wanted import WantedExperts
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,13 @@ class ServerSettings:
     """The span to host; None: as many blocks as fit (with ``offload``: whose KV cache fits), where needed most."""
     num_blocks: int | None = None
     """With ``blocks=None``: host exactly this many."""
+    experts_only: bool = False
+    """Host routed experts of a mixture-of-experts model without their blocks."""
+    experts: WantedExperts | None = None
+    """The routed experts to host; None: all of the hosted blocks, or (``experts_only``) as many as fit, where they are
+    needed most."""
+    experts_deadline_s: float = 30.0
+    """A step waits so long for experts that nobody hosts at the moment."""
     memory_bytes: int | None = None
     """What the server may use in all; None: 80% of what is free."""
     kv_tokens: int | None = None

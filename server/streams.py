@@ -6,11 +6,21 @@ import asyncio
 import contextlib
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from swarm.errors import CacheFull, Draining, PeerError, ProtocolError, RemoteError, ServerFault, SessionTooLarge
+from swarm.errors import (
+    CacheFull,
+    Draining,
+    ExpertsMissing,
+    PeerError,
+    ProtocolError,
+    RemoteError,
+    ServerFault,
+    SessionTooLarge,
+)
 from swarm.protocol.messages import Attach, Attached, Drain, Message, Open, Opened, Refusal
 from swarm.protocol.served_session import (
     Action,
@@ -27,6 +37,7 @@ from swarm.protocol.tensors import dtype_name
 from swarm.protocol.wire import Wire
 from swarm.server.compute import ComputeThread, Timed
 from swarm.server.crowd import Crowd
+from swarm.server.experts.dispatch import ExpertDispatch
 from swarm.server.links import OutgoingLink
 from swarm.server.schedule import Waiting
 from swarm.server.sessions import HeldSession, SessionTable, run_steps
@@ -58,8 +69,16 @@ class StreamServer:
         hidden_size: int,
         dtype: torch.dtype,
         idle_timeout_s: float,
+        experts: ExpertDispatch | None = None,
+        experts_deadline_s: float = 0.0,
     ) -> None:
+        """
+        Args:
+            experts: those of the hosted blocks that are elsewhere.
+            experts_deadline_s: a step waits so long for some that nobody hosts.
+        """
         self.table: SessionTable | None = table
+        self._experts, self._experts_deadline_s = experts, experts_deadline_s
         self.node, self.compute = node, compute
         self.hidden_size, self.dtype, self.idle_timeout_s = hidden_size, dtype_name(dtype), idle_timeout_s
         self.sessions: dict[str, SessionStream] = {}
@@ -154,12 +173,27 @@ class StreamServer:
         begun.add_done_callback(self._step_ended)
         return begun
 
-    async def result(self, begun: asyncio.Future[tuple[torch.Tensor, Timed]]) -> tuple[torch.Tensor, Timed]:
-        """Of what was begun.
+    async def complete(
+        self, table: SessionTable, held: HeldSession, work: Work, begun: asyncio.Future[tuple[torch.Tensor, Timed]]
+    ) -> tuple[torch.Tensor, Timed]:
+        """The result of what was begun; if it lacks experts, it is begun again when they have come.
 
         Raises:
             RemoteError: to be sent to the client.
         """
+        until = time.monotonic() + self._experts_deadline_s
+        while True:
+            try:
+                return await self._result(begun)
+            except ExpertsMissing as error:
+                logger.warning("a step waits: %s", error)
+                left_s = until - time.monotonic()
+                if self._experts is None or not await self._experts.appear(error.block, error.experts, left_s):
+                    raise
+                work = replace(work, reorder=None)  # that has been done
+                begun = self.begin(table, held, work, can_wait=False)
+
+    async def _result(self, begun: asyncio.Future[tuple[torch.Tensor, Timed]]) -> tuple[torch.Tensor, Timed]:
         try:
             return await begun
         except (RuntimeError, ValueError, IndexError, MemoryError) as error:
@@ -311,12 +345,12 @@ class SessionStream:
         except RemoteError as error:
             self._act(self._session.failed(error))
         else:
-            self._computing = (begun, self._tasks.create_task(self._send_result(begun)))
+            self._computing = (begun, self._tasks.create_task(self._send_result(work, begun)))
 
-    async def _send_result(self, begun: asyncio.Future[tuple[torch.Tensor, Timed]]) -> None:
-        assert self._session is not None
+    async def _send_result(self, work: Work, begun: asyncio.Future[tuple[torch.Tensor, Timed]]) -> None:
+        assert self._session is not None and self._table is not None and self._held is not None
         try:
-            output, timed = await self._server.result(begun)
+            output, timed = await self._server.complete(self._table, self._held, work, begun)
         except RemoteError as error:
             actions = self._session.failed(error)
         else:

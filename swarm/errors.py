@@ -21,6 +21,7 @@
     │   ├── CacheFull               no room for this session's KV cache, as yet
     │   │   └── SessionTooLarge     nor would there be if nobody else were there
     │   ├── Draining                it takes no new session
+    │   ├── ExpertsMissing          nobody hosts some expert that a token needs
     │   └── ServerFault             its computation failed
     ├── NoRoute                     some block has no server, until the deadline
     │   └── NoRoom                  it has, but none with room for this session's KV cache
@@ -28,6 +29,8 @@
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 class SwarmError(Exception):
@@ -118,6 +121,29 @@ class Draining(RemoteError):
     code = "draining"
 
 
+class ExpertsMissing(RemoteError):
+    """Some experts of a block are hosted by nobody, or nobody who hosts them answers."""
+
+    code = "experts_missing"
+
+    def __init__(self, reason: str, block: int = -1, experts: Iterable[int] = ()) -> None:
+        super().__init__(reason)
+        self.block, self.experts = block, frozenset(experts)
+
+    @classmethod
+    def of(cls, block: int, experts: Iterable[int]) -> ExpertsMissing:
+        """For these experts."""
+        numbers = sorted(experts)
+        shown = ", ".join(map(str, numbers[:16])) + (f" and {len(numbers) - 16} more" if len(numbers) > 16 else "")
+        which = f"expert {shown}" if len(numbers) == 1 else f"experts {shown}"
+        return cls(
+            f"nobody who can be reached hosts {which} of block {block}; `swarm-server MODEL --experts "
+            f"{block}:{','.join(map(str, numbers[:1]))}` would",
+            block,
+            numbers,
+        )
+
+
 class ServerFault(RemoteError):
     """The server's computation failed."""
 
@@ -137,7 +163,7 @@ class SessionClosed(SwarmError):
 
 
 _REMOTE = (
-    WrongModel, BlocksNotHosted, CacheFull, SessionTooLarge, Draining, ServerFault, RemoteError,
+    WrongModel, BlocksNotHosted, CacheFull, SessionTooLarge, Draining, ExpertsMissing, ServerFault, RemoteError,
 )  # fmt: skip
 REMOTE_ERRORS: dict[str, type[RemoteError]] = {error.code: error for error in _REMOTE}
 """The refusals that travel on the wire, by code."""

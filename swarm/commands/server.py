@@ -8,6 +8,7 @@ import dataclasses
 import re
 import signal
 import sys
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,10 +17,13 @@ import uvloop
 from swarm.commands.addresses import listen_addresses
 from swarm.commands.output import Output, add_output_arguments, run_command
 from swarm.commands.speeds import compute_sentence, network_sentence
-from swarm.dht import Announcement
+from swarm.dht import Announcement, ExpertAnnouncement
 from swarm.placement import Move, MovePolicy
 from swarm.protocol.tensors import dtype_name
 from swarm.server import SCHEMES, Server, ServerSettings
+from swarm.server.experts.lifecycle import ExpertServer
+from swarm.server.experts.preparation import prepare_experts
+from swarm.server.experts.wanted import WantedExperts, describe
 from swarm.server.neighbours import NetworkSpeed
 from swarm.server.preparation import Prepared, prepare
 
@@ -31,6 +35,8 @@ examples:
   swarm-server ./my-model --blocks 0:16 --memory 12GiB    host the first 16 blocks in at most 12 GiB
   swarm-server ./my-model --blocks 0:16 --memory 6GiB --offload
                                                           the same in 6 GiB: what does not fit comes from disk each step
+  swarm-server mistralai/Mixtral-8x7B-v0.1 --experts 0:0-3,1:0-3 --initial-peers …
+                                                          host four experts of the first two blocks, and no block
 
 Ctrl-C leaves politely: running sessions move to other servers first. A second Ctrl-C stops at once.
 Servers see the hidden states that pass through them. Nobody can run code on your machine."""
@@ -42,7 +48,43 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point of ``swarm-server``."""
     options = _parser().parse_args(arguments)
     output = Output.from_options(options)
-    return run_command(lambda: _run(_settings(options), output), output)
+    settings = _settings(options)
+    return run_command(lambda: (_run_experts if settings.experts_only else _run)(settings, output), output)
+
+
+def _run_experts(settings: ServerSettings, output: Output) -> int:
+    prepared = prepare_experts(settings)
+    server = ExpertServer(settings, prepared)
+
+    def show_plan(hosted: Mapping[int, frozenset[int]]) -> None:
+        output.say(f"Plan for experts of {settings.model} on {prepared.device}, {dtype_name(prepared.dtype)}:")
+        for line in prepared.lines(hosted):
+            output.say(line)
+        output.event(
+            event="plan",
+            device=str(prepared.device),
+            dtype=dtype_name(prepared.dtype),
+            experts=sum(map(len, hosted.values())),
+            memory_bytes=prepared.memory_bytes,
+            weight_bytes=prepared.weight_bytes(hosted),
+        )
+
+    def show_ready(announcement: ExpertAnnouncement) -> None:
+        output.say(f"Serving {describe(announcement.experts)}, as {announcement.peer_id}.")
+        if announcement.rows_per_s is not None:
+            output.say(f"One expert computes {announcement.rows_per_s:,.0f} tokens/s.")
+        for address in announcement.addresses:
+            output.say(f"  others can join with --initial-peers {address}")
+        output.say("Press Ctrl-C to leave.")
+        output.event(
+            event="ready",
+            peer_id=announcement.peer_id,
+            addresses=list(announcement.addresses),
+            experts={str(block): sorted(experts) for block, experts in announcement.experts.items()},
+            rows_per_s=announcement.rows_per_s,
+        )
+
+    return _until_left(server.leave, lambda: server.run(show_plan, show_ready), output)
 
 
 def _run(settings: ServerSettings, output: Output) -> int:
@@ -58,27 +100,37 @@ def _run(settings: ServerSettings, output: Output) -> int:
             network_was_shown = True
         output.event(event="network", **dataclasses.asdict(speed))
 
+    return _until_left(
+        server.leave,
+        lambda: server.run(
+            lambda announcement: _show_ready(announcement, output),
+            show_network,
+            lambda announcement, move: _show_move(announcement, move, output),
+        ),
+        output,
+    )
+
+
+def _until_left(leave: Callable[[], None], run: Callable[[], Awaitable[None]], output: Output) -> int:
+    """Run a server; the first Ctrl-C lets it `leave`, the second ends it. Returns the exit code."""
+
     async def serve() -> None:
         loop, main_task = asyncio.get_running_loop(), asyncio.current_task()
         assert main_task is not None
         signals = 0
 
-        def leave() -> None:
+        def interrupted() -> None:
             nonlocal signals
             signals += 1
             if signals == 1:
                 output.say("\nLeaving: sessions are moving to other servers. Press Ctrl-C again to stop at once.")
-                server.leave()
+                leave()
             else:
                 main_task.cancel()
 
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, leave)
-        await server.run(
-            lambda announcement: _show_ready(announcement, output),
-            show_network,
-            lambda announcement, move: _show_move(announcement, move, output),
-        )
+            loop.add_signal_handler(number, interrupted)
+        await run()
 
     try:
         uvloop.run(serve())
@@ -155,6 +207,10 @@ def _settings(options: argparse.Namespace) -> ServerSettings:
         initial_peers=tuple(options.initial_peers),
         blocks=options.blocks,
         num_blocks=options.num_blocks,
+        experts_only=options.role == "experts"
+        or (options.role is None and options.experts is not None and options.blocks is None and not options.num_blocks),
+        experts=options.experts,
+        experts_deadline_s=options.experts_deadline,
         memory_bytes=options.memory,
         kv_tokens=options.kv_tokens,
         device=options.device,
@@ -195,6 +251,21 @@ def _parser() -> argparse.ArgumentParser:
         help="the span [A, B), or `auto`: as many as fit, where they are needed most, now and later (default: auto)",
     )  # fmt: skip
     what.add_argument("--num-blocks", type=_positive, metavar="N", help="with --blocks auto: host exactly N blocks")
+    what.add_argument(
+        "--experts", type=parse_experts, metavar="SPEC",
+        help="routed experts of a mixture-of-experts model: 3:0-15,4:0-15 (experts 0 to 15 of blocks 3 and 4), *:0-3 "
+        "(of every block), all, or none. Alone: host these experts, and no blocks. With --blocks: of the experts of "
+        "these blocks only these; the others are computed by servers that host them (default: all of the blocks' own)",
+    )  # fmt: skip
+    what.add_argument(
+        "--role", choices=("blocks", "experts"),
+        help="host blocks, or only experts, as many as fit and where they are needed most (default: blocks, unless "
+        "--experts is given alone)",
+    )  # fmt: skip
+    what.add_argument(
+        "--experts-deadline", type=_seconds, default=30.0, metavar="S",
+        help="let a step wait so long for experts that nobody hosts at the moment (default: 30)",
+    )  # fmt: skip
     what.add_argument("--revision", help="branch, tag or commit on the Hub")
     what.add_argument("--allow-untested-family", action="store_true", help="host families that no test covers")
     machine = parser.add_argument_group("what to give")
@@ -304,6 +375,14 @@ def parse_blocks(text: str) -> tuple[int, int] | None:
     if match is None or int(match[1]) >= int(match[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not a span; write A:B with A < B, such as 0:15, or auto")
     return int(match[1]), int(match[2])
+
+
+def parse_experts(text: str) -> WantedExperts:
+    """See :meth:`WantedExperts.parse`."""
+    try:
+        return WantedExperts.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def parse_size(text: str) -> int:

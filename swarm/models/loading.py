@@ -6,7 +6,7 @@ loader renames, merges and converts the checkpoint's tensors exactly as it would
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,8 +45,12 @@ def load_part(
     device: torch.device | str,
     on_elements: Callable[[int], object],
     model_class: type[PreTrainedModel] | None = None,
+    select: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda tensors: tensors,
 ) -> PreTrainedModel:
     """Make the model, `cut` it, and load the tensors `names` into what is left.
+
+    Args:
+        select: given these tensors, not yet read, by their names on disk, says which to load, and as what.
 
     Raises:
         CorruptCheckpoint: a weight that the part needs is not among `names`, or cannot be read.
@@ -55,10 +59,8 @@ def load_part(
     part_class = type(skeleton)
     with quiet_transformers():
         try:
-            state_dict = {
-                key: _ReportsReading(value, on_elements)
-                for key, value in checkpoint.files.lazy_state_dict(names, skeleton).items()
-            }
+            tensors = select(checkpoint.files.lazy_state_dict(names, skeleton))
+            state_dict = {key: _ReportsReading(value, on_elements) for key, value in tensors.items()}
             model, info = part_class.from_pretrained(
                 None, config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True
             )

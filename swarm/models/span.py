@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from swarm.models.block_files import BlockFile, BlockKey
 from swarm.models.checkpoint import Checkpoint
+from swarm.models.experts.splitting import RoutedTables, cut_experts, route_experts, select
 from swarm.models.loading import load_part, make_skeleton
 from swarm.models.offload import WINDOW_BLOCKS, BlockStream, blocks_on_disk, spread
 from swarm.models.quantization import QUANTIZED_LINEARS, quantize_linears
@@ -224,6 +225,7 @@ def load_span(
     offloaded_blocks: int = 0,
     window_blocks: int = WINDOW_BLOCKS,
     reuse: Mapping[int, nn.Module] = MappingProxyType({}),
+    routed: RoutedTables = MappingProxyType({}),
     on_elements: Callable[[int], object] = lambda _: None,
 ) -> Span:
     """Read the weights of blocks ``[start, end)``, check them against known digests, and make them runnable.
@@ -236,6 +238,8 @@ def load_span(
         window_blocks: for them, there is memory for so many blocks.
         reuse: layers by their blocks, from :meth:`Span.take_out` of a span that was loaded in the same way: they are
             not read again. At least one block must be. Not together with `offloaded_blocks`.
+        routed: blocks whose routed experts are not all kept here, and those of them that are; the others' weights are
+            not read. Not together with `offloaded_blocks` or `quantization`.
         on_elements: called with the number of elements of every tensor that was read, for a progress bar.
 
     Raises:
@@ -250,13 +254,15 @@ def load_span(
     reuse = {block: layer for block, layer in reuse.items() if start <= block < end}
     if len(reuse) == end - start or (reuse and offloaded_blocks):
         raise ValueError("layers can be reused only beside others that are read, and if none is offloaded")
+    if routed and (offloaded_blocks or quantization):
+        raise ValueError("experts can be elsewhere only if blocks are neither offloaded nor quantized")
     config = copy.deepcopy(checkpoint.config)
     config.tie_word_embeddings = False  # there is neither an embedding nor a head here
 
     def load(
         first: int, last: int, where: torch.device | str, *, for_file: bool = False
     ) -> tuple[PreTrainedModel, list[nn.Module]]:
-        base, layers = _load_layers(checkpoint, config, first, last, dtype, where, on_elements)
+        base, layers = _load_layers(checkpoint, config, first, last, dtype, where, routed, on_elements)
         for layer in layers if quantization is not None else []:
             quantize_linears(layer, quantization, for_file=for_file)
         return base, layers
@@ -314,7 +320,8 @@ def _streamed_layers(
     window: int,
     device: torch.device,
 ) -> dict[int, nn.Module]:
-    skeleton = make_skeleton(copy.deepcopy(config), lambda whole: keep_only_layers(whole, min(files), max(files) + 1))
+    blocks = range(min(files), max(files) + 1)
+    skeleton = make_skeleton(copy.deepcopy(config), lambda whole: keep_only_layers(whole, blocks))
     numbered = next(child for child in find_base(skeleton).children() if isinstance(child, NumberedLayers))
     layers = {block: numbered.get_submodule(str(block)) for block in files}
     stream = BlockStream(files, window, device)
@@ -332,18 +339,31 @@ def _load_layers(
     end: int,
     dtype: torch.dtype,
     device: torch.device | str,
+    routed: RoutedTables,
     on_elements: Callable[[int], object],
 ) -> tuple[PreTrainedModel, list[nn.Module]]:
     for block in range(start, end):
         checkpoint.verify(block)
-    names = [name for block in range(start, end) for name in checkpoint.tensor_names(block)]
+    blocks = range(start, end)
+    names = [name for block in blocks for name in checkpoint.tensor_names(block)]
+    split = {block: routed[block] for block in blocks if block in routed}
+
+    def cut(model: PreTrainedModel) -> None:
+        keep_only_layers(model, blocks)
+        cut_experts(dict(zip(blocks, _layers_of(find_base(model)), strict=True)), split)
+
     model = load_part(
-        checkpoint, config, names, lambda whole: keep_only_layers(whole, start, end), dtype, device, on_elements
+        checkpoint, config, names, cut, dtype, device, on_elements, select=lambda tensors: select(tensors, split)
     )
     base = find_base(model)
-    layers = next(child for child in base.children() if isinstance(child, NumberedLayers))
+    layers = _layers_of(base)
+    route_experts(dict(zip(blocks, layers, strict=True)), split)
     checkpoint.files.release()  # what was read of them would count as this process's memory
-    return base, list(layers.children())
+    return base, layers
+
+
+def _layers_of(base: PreTrainedModel) -> list[nn.Module]:
+    return list(next(child for child in base.children() if isinstance(child, NumberedLayers)).children())
 
 
 def _cut_config(config: PretrainedConfig, start: int, end: int) -> PretrainedConfig:

@@ -9,6 +9,7 @@ the layers. Masks, rotary embeddings and layer types stay transformers' own on b
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -85,12 +86,12 @@ def layers_attribute(base: PreTrainedModel) -> str:
     )
 
 
-def keep_only_layers(model: PreTrainedModel, start: int, end: int) -> None:
-    """Drop, in place, every weight of `model` outside blocks ``[start, end)``."""
+def keep_only_layers(model: PreTrainedModel, blocks: Iterable[int]) -> None:
+    """Drop, in place, every weight of `model` outside `blocks`."""
     base = find_base(model)
     attribute = layers_attribute(base)
     layers = getattr(base, attribute)
-    setattr(base, attribute, NumberedLayers({number: layers[number] for number in range(start, end)}))
+    setattr(base, attribute, NumberedLayers({number: layers[number] for number in blocks}))
     _replace_weights(base, keep=attribute)
     if model is not base:
         _replace_weights(model, keep=next(name for name, child in model.named_children() if child is base))

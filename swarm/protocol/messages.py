@@ -6,6 +6,9 @@ server dials it and opens a *link stream* (``Hello``, ``Attach``), over which it
 So a ``Step`` goes client → S1 → … → Sn, and the last one answers the client with ``Output``. A server without a
 successor answers the client instead (star mode), who relays. ``Replay`` brings a fresh server to the session's state.
 ``Ping`` may come at any time and is answered by ``Pong``.
+
+Servers that run mixture-of-experts blocks open an *expert stream* to every server of experts: ``Hello``,
+``OpenExperts``, and then ``ComputeExperts`` for every block and step, answered by ``ExpertOutputs`` in any order.
 """
 
 from __future__ import annotations
@@ -25,11 +28,15 @@ STREAM_PROTOCOL = f"/swarm/session/{PROTOCOL_VERSION}"
 """The libp2p protocol id: peers of another major version do not even open a stream."""
 LINK_PROTOCOL = f"/swarm/link/{PROTOCOL_VERSION}"
 """Likewise for streams from a server to its successor."""
+EXPERTS_PROTOCOL = f"/swarm/experts/{PROTOCOL_VERSION}"
+"""Likewise for streams to servers of experts."""
 
 MAX_BATCH = 1024
 MAX_POSITIONS = 1 << 24
 MAX_STEP_POSITIONS = 2048
 """Of one step or replay, over all sequences: what a server must be able to compute at once."""
+MAX_EXPERT_CALLS = 64
+"""Under way on one expert stream."""
 MAX_BLOCKS = 100_000
 MAX_HOPS = 256
 """Servers that a step may pass."""
@@ -223,8 +230,45 @@ class Output(_Message):
     tensors: list[TensorHeader] = Field(max_length=4)
 
 
+class OpenExperts(_Message):
+    """(server → server of experts) Be ready to compute experts of a model."""
+
+    type: Literal["open_experts"] = "open_experts"
+    model: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class ExpertsOpened(_Message):
+    """(server of experts → server) I am."""
+
+    type: Literal["experts_opened"] = "experts_opened"
+    dtype: str = Field(max_length=16)
+    """The precision in which hidden states are to be sent, and come back."""
+
+
+class ComputeExperts(_Message):
+    """(server → server of experts) Compute experts of one block. Tensors: ``hidden_states`` [tokens, hidden];
+    ``tokens`` [n] int64, rows of these; ``experts`` [n] int64, what to compute for each."""
+
+    type: Literal["compute_experts"] = "compute_experts"
+    call: int = Field(ge=1)
+    """Counts the calls on this stream."""
+    block: int = Field(ge=0, le=MAX_BLOCKS)
+    tensors: list[TensorHeader] = Field(max_length=3)
+
+
+class ExpertOutputs(_Message):
+    """(server of experts → server) The result of a call. Tensor: ``outputs`` [n, hidden], not weighted."""
+
+    type: Literal["expert_outputs"] = "expert_outputs"
+    call: int = Field(ge=1)
+    queue_s: Seconds
+    """Waited for the device."""
+    compute_s: Seconds
+    tensors: list[TensorHeader] = Field(max_length=1)
+
+
 class Refusal(_Message):
-    """(server → client) What was asked cannot be done; the session on this server is over."""
+    """(server → client) What was asked cannot be done; the session on this server, or the stream, is over."""
 
     type: Literal["refusal"] = "refusal"
     code: str = Field(max_length=32)
@@ -261,6 +305,7 @@ class Close(_Message):
 Message = (
     Hello | Open | Opened | Link | Promote | Linked | LinkLost | Attach | Attached | TakeOver
     | Step | Replay | Replayed | Output | Refusal | Drain | Ping | Pong | Close
+    | OpenExperts | ExpertsOpened | ComputeExperts | ExpertOutputs
 )  # fmt: skip
 
 _ANY_MESSAGE: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")])

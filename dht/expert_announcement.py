@@ -1,0 +1,88 @@
+"""What a server of experts says of itself: which experts of which blocks it hosts, as one bitmap a block."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Annotated, Self
+
+import msgpack
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from swarm.dht.announcement import PeerId, Rate, State
+
+MAX_EXPERTS = 4096
+"""Of one block."""
+
+Bitmap = Annotated[bytes, Field(min_length=1, max_length=MAX_EXPERTS // 8)]
+"""Bit ``n % 8`` of byte ``n // 8`` (the lowest first): expert n is hosted."""
+
+
+class ExpertAnnouncement(BaseModel):
+    """One server's record of the experts of one model that it hosts."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    peer_id: PeerId
+    model: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """The digest that names the model."""
+    model_name: str = Field(default="", max_length=96)
+    """What the server's owner calls the model; for people."""
+    state: State
+    bitmaps: dict[Annotated[int, Field(ge=0, le=100_000)], Bitmap] = Field(max_length=1000)
+    """By block."""
+    dtype: str = Field(max_length=16)
+    """The precision in which the server computes."""
+    rows_per_s: Rate | None = None
+    """Experts that it computes in a second, a token each, when many tokens come at once; by its own measurement."""
+    calls_under_way: int = Field(default=0, ge=0)
+    """How busy it is."""
+    addresses: tuple[Annotated[str, Field(max_length=128)], ...] = Field(default=(), max_length=8)
+    version: str = Field(max_length=32)
+    public_name: str = Field(default="", max_length=64)
+    """What the owner wants to be called in public; empty unless they chose one."""
+    issued_at: float = Field(allow_inf_nan=False)
+    """Unix time."""
+
+    @model_validator(mode="after")
+    def _check_bitmaps(self) -> Self:
+        if not self.bitmaps or not all(map(any, self.bitmaps.values())):
+            raise ValueError("a server of experts hosts at least one expert of every block that it names")
+        return self
+
+    @property
+    def experts(self) -> dict[int, frozenset[int]]:
+        """What is hosted, by block."""
+        return {block: experts_in(bitmap) for block, bitmap in self.bitmaps.items()}
+
+    def pack(self) -> bytes:
+        """As msgpack; what is left out is the default."""
+        packed: bytes = msgpack.packb(self.model_dump(exclude_defaults=True), use_bin_type=True)
+        return packed
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> ExpertAnnouncement:
+        """Raises ValueError for anything that is not an announcement of experts."""
+        try:
+            return cls.model_validate(msgpack.unpackb(packed, raw=False, strict_map_key=False))
+        except (ValidationError, msgpack.UnpackException, UnicodeDecodeError) as error:
+            raise ValueError(f"not an announcement of experts: {error}") from error
+
+
+def bitmaps_of(hosted: Mapping[int, Collection[int]]) -> dict[int, bytes]:
+    """What is hosted, by block, as it is announced."""
+    bitmaps: dict[int, bytes] = {}
+    for block, experts in hosted.items():
+        bits = sum(1 << expert for expert in set(experts))
+        bitmaps[block] = bits.to_bytes(max(experts) // 8 + 1, "little")
+    return bitmaps
+
+
+def experts_in(bitmap: bytes) -> frozenset[int]:
+    """The experts whose bits are set."""
+    bits = int.from_bytes(bitmap, "little")
+    return frozenset(number for number in range(bits.bit_length()) if bits >> number & 1)
+
+
+def experts_key(model: str) -> str:
+    """The DHT key under which servers of a model's experts announce themselves, each under its peer id as subkey."""
+    return f"swarm/1/experts/{model}"

@@ -1,0 +1,188 @@
+"""The life of a server of experts: join, load, compute for others, drain, leave."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from tqdm import tqdm
+
+from swarm import __version__
+from swarm.dht import Directory, ExpertAnnouncement, State
+from swarm.dht.expert_announcement import bitmaps_of
+from swarm.errors import PeerError
+from swarm.models.experts import HostedExperts, load_experts
+from swarm.protocol.messages import EXPERTS_PROTOCOL
+from swarm.protocol.tensors import dtype_name
+from swarm.server.announcer import Announcer
+from swarm.server.compute import ComputeThread
+from swarm.server.experts.preparation import PreparedExperts
+from swarm.server.experts.streams import ExpertStreams
+from swarm.server.resident_memory import memory_given_back, share_one_heap
+from swarm.server.settings import ServerSettings
+from swarm.server.throughput import best_s
+from swarm.transport.identity import Identity
+from swarm.transport.node import Node
+
+logger = logging.getLogger(__name__)
+
+_LAST_WORK_S = 10.0
+_LEAVING_S = 1.0
+"""So long before it goes, those who use it learn that it will."""
+_MEASURED_ROWS = 64
+_MEASURING_S = 0.3
+
+
+class ExpertServer:
+    """One server of experts. :meth:`run` does everything, from joining to leaving."""
+
+    def __init__(self, settings: ServerSettings, prepared: PreparedExperts) -> None:
+        self._settings, self._prepared = settings, prepared
+        share_one_heap()
+        self._compute = ComputeThread(settings.threads)
+        self._leave = asyncio.Event()
+        self._state = State.JOINING
+        self._hosted: Mapping[int, frozenset[int]] = {}
+        self._streams: ExpertStreams | None = None
+        self._rows_per_s: float | None = None
+
+    def leave(self) -> None:
+        """Begin to drain; :meth:`run` returns when that is done."""
+        self._leave.set()
+
+    async def run(
+        self,
+        on_plan: Callable[[Mapping[int, frozenset[int]]], None] = lambda _: None,
+        on_ready: Callable[[ExpertAnnouncement], None] = lambda _: None,
+    ) -> None:
+        """Join the swarm, load, serve until :meth:`leave`, and leave.
+
+        Args:
+            on_plan: called with the experts to be hosted, by block, before they are loaded.
+            on_ready: called with the first announcement in which the server is online.
+
+        Raises:
+            BootstrapFailed, PortTaken, PeerError: the swarm cannot be joined.
+            CorruptCheckpoint: the weights cannot be loaded.
+        """
+        settings = self._settings
+        identity = Identity.load_or_create(settings.identity) if settings.identity else None
+        node = await Node.start(
+            identity=identity,
+            listen=settings.listen,
+            announce=settings.announce,
+            public_network=settings.public_network,
+        )
+        try:
+            directory = await Directory.join(node, settings.initial_peers)
+            try:
+                await self._serve(node, directory, on_plan, on_ready)
+            finally:
+                await directory.leave()
+        finally:
+            self._compute.stop()
+            await node.stop()
+            if not await self._compute.ended(_LAST_WORK_S):
+                logger.warning("the computation at hand did not end within %.0f s", _LAST_WORK_S)
+
+    async def _serve(
+        self,
+        node: Node,
+        directory: Directory,
+        on_plan: Callable[[Mapping[int, frozenset[int]]], None],
+        on_ready: Callable[[ExpertAnnouncement], None],
+    ) -> None:
+        prepared = self._prepared
+        announcer = Announcer(
+            node, directory, self._settings.initial_peers, lambda addresses: self._announcement(node, addresses)
+        )
+        self._hosted = prepared.wanted if prepared.wanted is not None else await self._choose(node, directory)
+        on_plan(self._hosted)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                watching = [
+                    tasks.create_task(announcer.keep_announced()),
+                    tasks.create_task(_fail_with_daemon(node)),
+                ]
+                loaded, _ = await self._compute.run(self._load)
+                checkpoint = prepared.checkpoint
+                self._streams = streams = ExpertStreams(
+                    loaded, checkpoint.model_digest, checkpoint.hidden_size, prepared.dtype, self._compute
+                )
+                await node.serve(EXPERTS_PROTOCOL, streams.handle)
+                try:
+                    self._state = State.ONLINE
+                    announcement, _ = await announcer.announce()
+                    on_ready(announcement)
+                    await self._leave.wait()
+                    self._state, streams.draining = State.DRAINING, True
+                    await announcer.announce()
+                    await asyncio.sleep(_LEAVING_S)
+                finally:
+                    self._state = State.OFFLINE
+                    await announcer.announce()
+                for task in watching:
+                    task.cancel()
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from group
+
+    def _load(self) -> dict[int, HostedExperts]:
+        """Called on the compute thread."""
+        prepared = self._prepared
+        total = sum(
+            prepared.tables[block].elements_of_one(prepared.checkpoint) * len(experts)
+            for block, experts in self._hosted.items()
+        )
+        with (
+            memory_given_back(),
+            tqdm(total=total, unit=" weights", unit_scale=True, desc="Loading experts") as bar,
+        ):
+            loaded = load_experts(
+                prepared.checkpoint,
+                prepared.tables,
+                self._hosted,
+                dtype=prepared.dtype,
+                device=prepared.device,
+                on_elements=bar.update,
+            )
+            self._rows_per_s = _measure(next(iter(loaded.values())), prepared)
+        return loaded
+
+    async def _choose(self, node: Node, directory: Directory) -> Mapping[int, frozenset[int]]:
+        raise ValueError("say which experts to host, with --experts")
+
+    def _announcement(self, node: Node, addresses: tuple[str, ...]) -> ExpertAnnouncement:
+        checkpoint = self._prepared.checkpoint
+        return ExpertAnnouncement(
+            peer_id=node.peer_id,
+            model=checkpoint.model_digest,
+            model_name=self._settings.model[-96:],
+            state=self._state,
+            bitmaps=bitmaps_of(self._hosted),
+            dtype=dtype_name(self._prepared.dtype),
+            rows_per_s=self._rows_per_s,
+            calls_under_way=self._streams.calls_under_way if self._streams else 0,
+            addresses=addresses,
+            version=__version__,
+            public_name=self._settings.public_name,
+            issued_at=time.time(),
+        )
+
+
+def _measure(hosted: HostedExperts, prepared: PreparedExperts) -> float:
+    """How many tokens an expert computes in a second, on average over those of one block. On the compute thread."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(_MEASURED_ROWS, prepared.checkpoint.hidden_size, generator=generator)
+    states = states.to(prepared.device, prepared.dtype)
+    experts = torch.tensor([hosted.kept[row % len(hosted.kept)] for row in range(_MEASURED_ROWS)])
+    experts = experts.to(prepared.device)
+    return _MEASURED_ROWS / best_s(lambda: hosted.compute(states, experts).to("cpu"), _MEASURING_S)
+
+
+async def _fail_with_daemon(node: Node) -> None:
+    """Raise as soon as p2pd has died: without it nobody can reach this server."""
+    await node.wait_for_daemon()
+    raise PeerError("p2pd, the network daemon of this server, has died; start the server again")
