@@ -19,10 +19,11 @@ _PROBABILITY = Path(os.environ["SWARM_FAILURES"])
 
 
 class _Unreliable(SessionStream):
-    async def _compute(self, work: Work) -> None:
-        if random.random() < float(_PROBABILITY.read_text()):  # noqa: ASYNC240 - a few bytes, in a benchmark
-            raise ConnectionResetError("lost on purpose")
-        await super()._compute(work)
+    def _compute(self, work: Work) -> None:
+        if random.random() < float(_PROBABILITY.read_text()):
+            self.end()
+        else:
+            super()._compute(work)
 
 
 if __name__ == "__main__":

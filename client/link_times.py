@@ -13,6 +13,7 @@ from swarm.errors import SwarmError
 from swarm.protocol.messages import STREAM_PROTOCOL, Ping, Pong
 from swarm.protocol.wire import Wire
 from swarm.transport.node import Node
+from swarm.transport.outgoing import write
 
 LEAST_RTT_S = 0.005
 """Shorter round trips are not told apart: how busy a processor is makes more difference."""
@@ -108,7 +109,7 @@ async def _watch_lateness(late_s: list[float]) -> None:
 async def _ping(wire: Wire, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> float:
     begun = time.monotonic()
     wire.send(Ping())
-    writer.writelines(wire.take_outgoing())
+    write(writer, wire.take_outgoing())
     while data := await reader.read(_READ_BYTES):
         if any(isinstance(message, Pong) for message, _ in wire.receive(data)):
             return time.monotonic() - begun

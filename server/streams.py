@@ -42,6 +42,7 @@ from swarm.server.links import OutgoingLink
 from swarm.server.schedule import Waiting
 from swarm.server.sessions import HeldSession, SessionTable, run_steps
 from swarm.transport.node import Node
+from swarm.transport.outgoing import write
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ class StreamServer:
                             wire.send(Attached(fresh=session.attach()))
                         else:
                             raise ProtocolError("a link asks for a session that is not here")
-                    writer.writelines(wire.take_outgoing())
+                    write(writer, wire.take_outgoing())
                     await writer.drain()
         except ProtocolError as error:
             logger.warning("closed a link from %s: %s", peer_id, error)
@@ -271,7 +272,7 @@ class SessionStream:
         self._ended.set()
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        self._writer.writelines(self._wire.take_outgoing())
+        write(self._writer, self._wire.take_outgoing())
         while not self._ended.is_set():
             async with asyncio.timeout(self._server.idle_timeout_s):
                 data = await reader.read(_READ_BYTES)
@@ -331,7 +332,7 @@ class SessionStream:
                 case End():
                     self._ended.set()
         with contextlib.suppress(OSError):  # the reader notices
-            self._writer.writelines(self._wire.take_outgoing())
+            write(self._writer, self._wire.take_outgoing())
         if self._writer.transport.get_write_buffer_size() > _MAX_UNREAD_BYTES:
             logger.warning("closed a session whose client does not read")
             self._ended.set()
@@ -379,7 +380,7 @@ class SessionStream:
                 self._act(self._session.link_lost(number, str(error)))
 
     async def _flush(self) -> None:
-        self._writer.writelines(self._wire.take_outgoing())
+        write(self._writer, self._wire.take_outgoing())
         async with asyncio.timeout(_WRITE_TIMEOUT_S):
             await self._writer.drain()
 

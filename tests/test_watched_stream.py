@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from pathlib import Path
 
 import pytest
+import uvloop
 
 from swarm.errors import PeerUnreachable
 from swarm.protocol.messages import STREAM_PROTOCOL, Ping, Replayed
 from swarm.protocol.wire import Wire
 from swarm.transport import watched_stream
 from swarm.transport.node import Node
+from swarm.transport.outgoing import write
 from swarm.transport.watched_stream import WatchedStream
 
 LISTEN = ("/ip4/127.0.0.1/tcp/0",)
@@ -50,3 +53,18 @@ async def test_a_client_that_only_listens_still_pings(monkeypatch: pytest.Monkey
         await server.stop()
     assert len(heard) == 100
     assert 4 <= wire.pings <= 20
+
+
+def test_writing_to_a_stream_that_was_closed_a_moment_ago_is_a_broken_connection(tmp_path: Path) -> None:
+    async def write_too_late() -> None:
+        server = await asyncio.start_unix_server(lambda reader, writer: None, tmp_path / "socket")
+        _, writer = await asyncio.open_unix_connection(tmp_path / "socket")
+        writer.transport.abort()
+        await asyncio.sleep(0.01)
+        try:
+            with pytest.raises(ConnectionResetError):
+                write(writer, [b"too late"])
+        finally:
+            server.close()
+
+    uvloop.run(write_too_late())

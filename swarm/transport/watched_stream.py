@@ -14,6 +14,7 @@ from swarm.protocol.messages import Message, Ping, Pong
 from swarm.protocol.wire import Wire
 from swarm.transport.heartbeat import Heartbeat
 from swarm.transport.node import Node
+from swarm.transport.outgoing import write
 
 _READ_BYTES = 256 * 1024
 _TICK_S = 0.25
@@ -126,7 +127,7 @@ class WatchedStream:
         # A session has only so much under way: that is the limit on what is buffered here.
         if self._writer is not None:
             with contextlib.suppress(OSError):  # the reader notices
-                self._writer.writelines(self._wire.take_outgoing())
+                write(self._writer, self._wire.take_outgoing())
 
 
 def _first(errors: BaseExceptionGroup[SwarmError]) -> SwarmError:
