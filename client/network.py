@@ -7,7 +7,7 @@ import weakref
 from swarm.client.server_view import ServerView
 from swarm.client.session import Session
 from swarm.client.settings import ClientSettings
-from swarm.dht import Announcement, Directory
+from swarm.dht import Announcement, Directory, ExpertAnnouncement
 from swarm.models import Checkpoint
 from swarm.transport.node import Node
 
@@ -52,6 +52,10 @@ class Network:
     async def servers(self, model_digest: str) -> list[Announcement]:
         """The announcements of a model's servers, as they are now."""
         return await self._directory.servers(model_digest)
+
+    async def experts(self, model_digest: str) -> list[ExpertAnnouncement]:
+        """Likewise of its servers of experts."""
+        return await self._directory.experts(model_digest)
 
     async def leave(self) -> None:
         """Close every session and connection."""

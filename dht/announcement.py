@@ -62,6 +62,11 @@ class Announcement(BaseModel):
     """The precision in which the server computes."""
     quantization: str = Field(default="", max_length=16)
     """What its weights were quantized to, if they were."""
+    kept_experts: dict[Annotated[int, Field(ge=0)], Annotated[str, Field(pattern=r"^([0-9a-f]{2}){0,512}$")]] = Field(
+        default={}, max_length=1000
+    )
+    """Blocks of which not all routed experts are here, and a bitmap, in hexadecimal, of those that are
+    (:mod:`swarm.dht.expert_announcement`); the server has the others computed elsewhere."""
     throughput: float = Field(ge=0, allow_inf_nan=False)
     """Decode steps per second through the whole span, one sequence, as measured by the server."""
     decode_steps_per_s: dict[Annotated[int, Field(ge=1, le=1024)], Rate] = Field(default={}, max_length=MAX_BATCH_SIZES)

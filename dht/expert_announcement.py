@@ -70,11 +70,13 @@ class ExpertAnnouncement(BaseModel):
 
 def bitmaps_of(hosted: Mapping[int, Collection[int]]) -> dict[int, bytes]:
     """What is hosted, by block, as it is announced."""
-    bitmaps: dict[int, bytes] = {}
-    for block, experts in hosted.items():
-        bits = sum(1 << expert for expert in set(experts))
-        bitmaps[block] = bits.to_bytes(max(experts) // 8 + 1, "little")
-    return bitmaps
+    return {block: bitmap_of(experts) for block, experts in hosted.items()}
+
+
+def bitmap_of(experts: Collection[int]) -> bytes:
+    """With the bits of these experts set; no more bytes than are needed."""
+    bits = sum(1 << expert for expert in set(experts))
+    return bits.to_bytes((bits.bit_length() + 7) // 8, "little")
 
 
 def experts_in(bitmap: bytes) -> frozenset[int]:

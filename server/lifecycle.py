@@ -118,6 +118,7 @@ class Server:
                         node, directory, checkpoint.model_digest, checkpoint.hidden_size, self._prepared.dtype
                     )
                     watching.append(tasks.create_task(self._experts.run()))
+                    presence.experts = self._experts
                 await self._load(presence, {})
                 streams = StreamServer(
                     node,

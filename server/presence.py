@@ -6,8 +6,10 @@ import time
 
 from swarm import __version__
 from swarm.dht import Announcement, Directory, State, precision_name
+from swarm.dht.expert_announcement import bitmap_of
 from swarm.protocol.tensors import dtype_name
 from swarm.server.announcer import Announcer
+from swarm.server.experts.dispatch import ExpertDispatch
 from swarm.server.neighbours import NetworkSpeed
 from swarm.server.preparation import Prepared
 from swarm.server.sessions import SessionTable
@@ -24,6 +26,7 @@ class Presence:
         tentative: it may still choose another one, before it has loaded any.
         table: of its sessions; None while nothing is loaded.
         speed: as measured last: of the span before while it loads another.
+        experts: those of its blocks that are elsewhere.
     """
 
     def __init__(self, settings: ServerSettings, prepared: Prepared, node: Node, directory: Directory) -> None:
@@ -37,6 +40,7 @@ class Presence:
         self.table: SessionTable | None = None
         self.speed: ComputeSpeed | None = None
         self.network = NetworkSpeed()
+        self.experts: ExpertDispatch | None = None
 
     @property
     def precision(self) -> str:
@@ -62,7 +66,10 @@ class Presence:
 
     def _announcement(self, addresses: tuple[str, ...]) -> Announcement:
         checkpoint, (start, end) = self._prepared.checkpoint, self.bounds
-        decode = dict(self.speed.decode_steps_per_s) if self.speed else {}
+        routed = {block: kept for block, (_, kept) in self._prepared.routed.items() if start <= block < end}
+        elsewhere_s = len(routed) * self.experts.usual_s if self.experts is not None else 0.0
+        speed = self.speed.slowed(elsewhere_s) if self.speed else None
+        decode = dict(speed.decode_steps_per_s) if speed else {}
         return Announcement(
             peer_id=self._node.peer_id,
             model=checkpoint.model_digest,
@@ -72,11 +79,12 @@ class Presence:
             start=start,
             end=end,
             block_digests=self.block_digests,
+            kept_experts={block: bitmap_of(kept).hex() for block, kept in routed.items()},
             dtype=dtype_name(self._prepared.dtype),
             quantization=self._settings.quantization or "",
             throughput=decode.get(1, 0.0),
             decode_steps_per_s=decode,
-            prefill_tokens_per_s=self.speed.prefill_tokens_per_s if self.speed else None,
+            prefill_tokens_per_s=speed.prefill_tokens_per_s if speed else None,
             rtts_s=dict(self.network.rtts_s),
             upload_bytes_per_s=self.network.upload_bytes_per_s,
             download_bytes_per_s=self.network.download_bytes_per_s,

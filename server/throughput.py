@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
@@ -37,6 +37,12 @@ class ComputeSpeed:
     """By the number of sessions; the steps of all of them are counted."""
     is_undisturbed: bool = True
     """Nothing else took much of the processor meanwhile: the figures are worth remembering for long."""
+
+    def slowed(self, step_s: float) -> ComputeSpeed:
+        """If every step took so much longer, whatever its size."""
+        decode = {count: count / (count / rate + step_s) for count, rate in self.decode_steps_per_s.items() if rate > 0}
+        prefill_s = PREFILL_POSITIONS / max(self.prefill_tokens_per_s, 1e-9) + step_s
+        return replace(self, prefill_tokens_per_s=PREFILL_POSITIONS / prefill_s, decode_steps_per_s=decode)
 
 
 def measure_compute(span: Span, hidden_size: int, together: Together | None) -> ComputeSpeed:

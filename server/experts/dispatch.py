@@ -105,10 +105,15 @@ class ExpertDispatch:
                     await self._changed.wait()
         return True
 
+    @property
+    def usual_s(self) -> float:
+        """How long a block waits for experts, usually: as long as for the slowest of all that it asks at once."""
+        return max((host.usual_s for host in self._hosts.values() if host.is_open), default=0.0)
+
     def choices(self, block: int) -> list[ExpertChoice]:
         """Who can be asked for experts of `block` now."""
         return [
-            ExpertChoice(host.peer_id, host.experts[block], host.latencies.usual_s)
+            ExpertChoice(host.peer_id, host.experts[block], host.usual_s)
             for host in self._hosts.values()
             if host.is_open and block in host.experts
         ]
@@ -191,6 +196,11 @@ class _Host:
     _asked: dict[int, _Asked] = field(default_factory=dict)
     _last_call: int = 0
 
+    @property
+    def usual_s(self) -> float:
+        """How long it takes to answer; if it has not been asked, a round trip."""
+        return self.latencies.usual_s or 2 * (self.stream.one_way_s or 0.0)
+
     def send(self, call: _Call, ask: Ask) -> None:
         self._last_call += 1
         rows = call.rows_of(ask.experts)
@@ -252,11 +262,13 @@ class _Call:
         self.future: Future[torch.Tensor] = Future()
         self._dispatch = dispatch
         self._gathering = Gathering(experts.tolist())
-        self._outputs = hidden_states.new_empty(len(experts), hidden_states.shape[1])
+        self._outputs: torch.Tensor | None = None
         self._timers: list[asyncio.TimerHandle] = []
 
     def start(self) -> None:
         """Ask for everything."""
+        # Here and not where it was made, in inference mode: only there could it be written to.
+        self._outputs = torch.empty(len(self.experts), self.hidden_states.shape[1], dtype=self.hidden_states.dtype)
         self._dispatch.began(self)
         self._ask(self._gathering.ask(self._dispatch.choices(self.block)))
 
@@ -272,6 +284,7 @@ class _Call:
         """An answer: ``[len(rows), hidden]``."""
         if self.future.done():
             return  # somebody else was faster
+        assert self._outputs is not None
         new = self._gathering.answered(ask)
         if new == ask.experts:
             self._outputs[rows] = outputs

@@ -27,6 +27,7 @@ from swarm.protocol.wire import Wire
 from swarm.server.compute import ComputeThread
 from swarm.server.schedule import Waiting
 from swarm.transport.node import Node
+from swarm.transport.outgoing import write
 
 logger = logging.getLogger(__name__)
 
@@ -207,9 +208,9 @@ class _Stream:
     def _refuse(self, error: RemoteError) -> None:
         self._wire.send(Refusal(code=error.code, reason=str(error)[:2000]))
         with contextlib.suppress(OSError):
-            self._writer.writelines(self._wire.take_outgoing())
+            write(self._writer, self._wire.take_outgoing())
 
     async def _flush(self) -> None:
-        self._writer.writelines(self._wire.take_outgoing())
+        write(self._writer, self._wire.take_outgoing())
         async with asyncio.timeout(_WRITE_TIMEOUT_S):
             await self._writer.drain()

@@ -14,7 +14,8 @@ from swarm.commands.output import Output
 
 if TYPE_CHECKING:
     from swarm.client import Network
-    from swarm.dht import Announcement
+    from swarm.dht import Announcement, ExpertAnnouncement
+    from swarm.models import Checkpoint
 
 _SHOWN_CHANGES = 8
 
@@ -41,20 +42,29 @@ def run(options: argparse.Namespace, output: Output) -> int:
             asyncio.run(_watch(options, checkpoint.model_digest, checkpoint.num_blocks, output))
         except KeyboardInterrupt:
             return 0
-    servers = asyncio.run(_look_once(checkpoint.model_digest, options.initial_peers))
-    return _show_once(options.model, checkpoint.model_digest, checkpoint.num_blocks, servers, output)
+    servers, hosts = asyncio.run(_look_once(checkpoint.model_digest, options.initial_peers))
+    return _show_once(options.model, checkpoint, servers, hosts, output)
 
 
-async def _look_once(model_digest: str, initial_peers: Sequence[str]) -> list[Announcement]:
+async def _look_once(
+    model_digest: str, initial_peers: Sequence[str]
+) -> tuple[list[Announcement], list[ExpertAnnouncement]]:
     async with _joined(initial_peers) as network:
-        return _in_order(await network.servers(model_digest))
+        return _in_order(await network.servers(model_digest)), await network.experts(model_digest)
 
 
-def _show_once(model: str, digest: str, num_blocks: int, servers: list[Announcement], output: Output) -> int:
+def _show_once(
+    model: str,
+    checkpoint: Checkpoint,
+    servers: list[Announcement],
+    hosts: list[ExpertAnnouncement],
+    output: Output,
+) -> int:
     from rich.console import Console
 
     from swarm.commands.swarm_picture import server_table, servers_of_blocks, speed_table, verdict
 
+    digest, num_blocks = checkpoint.model_digest, checkpoint.num_blocks
     redundancy = servers_of_blocks(servers, num_blocks)
     console = Console(stderr=output.json, width=None)
     if servers:
@@ -62,8 +72,28 @@ def _show_once(model: str, digest: str, num_blocks: int, servers: list[Announcem
     if any(server.decode_steps_per_s for server in servers):
         console.print(speed_table(servers))
     output.say(verdict(redundancy))
-    output.event(**_facts(digest, servers, redundancy))
-    return 0 if min(redundancy) > 0 else 3
+    missing: dict[int, frozenset[int]] = {}
+    if hosts or any(server.kept_experts for server in servers):
+        from swarm.commands.expert_picture import expert_table, expert_verdict, missing_experts
+        from swarm.models.experts import find_expert_tensors
+
+        counts = {block: table.count for block, table in find_expert_tensors(checkpoint).items()}
+        missing = missing_experts(servers, hosts, counts)
+        if hosts:
+            console.print(expert_table(f"{model}: {sum(counts.values()):,} routed experts", hosts, counts))
+        output.say(expert_verdict(servers, hosts, counts))
+    facts = _facts(digest, servers, redundancy)
+    facts["complete"] = bool(facts["complete"]) and not missing
+    facts["missing_experts"] = {str(block): sorted(experts) for block, experts in missing.items()}
+    facts["expert_servers"] = [
+        {
+            **host.model_dump(mode="json", exclude={"bitmaps"}),
+            "experts": {str(b): sorted(e) for b, e in host.experts.items()},
+        }
+        for host in hosts
+    ]
+    output.event(**facts)
+    return 0 if facts["complete"] else 3
 
 
 async def _watch(options: argparse.Namespace, digest: str, num_blocks: int, output: Output) -> None:

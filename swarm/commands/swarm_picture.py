@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from swarm.commands.speeds import megabits, milliseconds
-from swarm.dht import Announcement, State
+from swarm.dht import Announcement, ExpertAnnouncement, State
 
 _BATCHES = (4, 16)
 """The numbers of sessions for which speeds are shown, besides one."""
@@ -114,7 +114,7 @@ def moves_between(before: Sequence[Announcement], after: Sequence[Announcement])
     return sum(spans.get(one.peer_id, (one.start, one.end)) != (one.start, one.end) for one in after)
 
 
-def name_of(server: Announcement) -> str:
+def name_of(server: Announcement | ExpertAnnouncement) -> str:
     """What people call it: its public name, or the ends of its peer id."""
     return server.public_name or f"{server.peer_id[:8]}…{server.peer_id[-4:]}"
 

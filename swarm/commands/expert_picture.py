@@ -1,0 +1,74 @@
+"""What a swarm's experts look like: who hosts which, how many hosts each has, and whether any is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.table import Table
+
+from swarm.commands.swarm_picture import name_of
+from swarm.dht import Announcement, ExpertAnnouncement, State
+from swarm.dht.expert_announcement import experts_in
+
+
+def servers_of_experts(hosts: Sequence[ExpertAnnouncement], counts: Mapping[int, int]) -> dict[int, list[int]]:
+    """By block, how many servers of experts are online for each.
+
+    Args:
+        counts: experts of every block that has any.
+    """
+    online = [host.experts for host in hosts if host.state is State.ONLINE]
+    return {
+        block: [sum(expert in experts.get(block, ()) for experts in online) for expert in range(count)]
+        for block, count in counts.items()
+    }
+
+
+def expert_table(title: str, hosts: Sequence[ExpertAnnouncement], counts: Mapping[int, int]) -> Table:
+    """Who hosts what, one row each."""
+    table = Table(title=title, title_justify="left")
+    for name in ("server of experts", "blocks", "experts", "state", "tokens/s each", "calls now", "precision"):
+        table.add_column(name, justify="right" if name in ("experts", "tokens/s each", "calls now") else "left")
+    for host in hosts:
+        blocks, experts = sorted(host.experts), sum(map(len, host.experts.values()))
+        table.add_row(
+            name_of(host),
+            f"{blocks[0]}–{blocks[-1]}" if blocks[-1] > blocks[0] else str(blocks[0]),
+            f"{experts:,} of {sum(counts.values()):,}",
+            host.state.value,
+            f"{host.rows_per_s:,.0f}" if host.rows_per_s is not None else "",
+            str(host.calls_under_way),
+            host.dtype,
+        )
+    return table
+
+
+def missing_experts(
+    servers: Sequence[Announcement], hosts: Sequence[ExpertAnnouncement], counts: Mapping[int, int]
+) -> dict[int, frozenset[int]]:
+    """By block, the experts that some server of blocks needs, and nobody hosts."""
+    hosted = servers_of_experts(hosts, counts)
+    missing: dict[int, frozenset[int]] = {}
+    for server in servers:
+        for block, kept in server.kept_experts.items() if server.state is State.ONLINE else ():
+            nobody = {expert for expert, online in enumerate(hosted.get(block, ())) if not online}
+            lacking = nobody - experts_in(bytes.fromhex(kept))
+            if lacking:
+                missing[block] = missing.get(block, frozenset()) | lacking
+    return missing
+
+
+def expert_verdict(
+    servers: Sequence[Announcement], hosts: Sequence[ExpertAnnouncement], counts: Mapping[int, int]
+) -> str:
+    """One sentence: whether all experts that are needed are there, and how many servers of experts can be lost."""
+    if missing := missing_experts(servers, hosts, counts):
+        total, (block, experts) = sum(map(len, missing.values())), min(missing.items())
+        return (
+            f"INCOMPLETE: no server is online for {total} experts that others need; of block {block}: "
+            f"{', '.join(map(str, sorted(experts)))}"
+        )
+    least = min((online for of_block in servers_of_experts(hosts, counts).values() for online in of_block), default=0)
+    if not any(server.kept_experts for server in servers):
+        return "All servers of blocks have their experts themselves."
+    return f"Every expert that is needed elsewhere is there; hosted apart from their blocks: {least} times at least."
