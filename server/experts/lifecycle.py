@@ -20,7 +20,7 @@ from swarm.protocol.tensors import dtype_name
 from swarm.server.announcer import Announcer
 from swarm.server.compute import ComputeThread
 from swarm.server.experts.preparation import PreparedExperts
-from swarm.server.experts.streams import ExpertStreams
+from swarm.server.experts.streams import Contribution, ExpertStreams
 from swarm.server.resident_memory import memory_given_back, share_one_heap
 from swarm.server.settings import ServerSettings
 from swarm.server.throughput import best_s
@@ -48,6 +48,11 @@ class ExpertServer:
         self._hosted: Mapping[int, frozenset[int]] = {}
         self._streams: ExpertStreams | None = None
         self._rows_per_s: float | None = None
+
+    @property
+    def contribution(self) -> Contribution:
+        """What it has done for others."""
+        return self._streams.contribution if self._streams is not None else Contribution()
 
     def leave(self) -> None:
         """Begin to drain; :meth:`run` returns when that is done."""

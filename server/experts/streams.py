@@ -37,6 +37,18 @@ _IDLE_TIMEOUT_S = 60.0
 _FAILURES = (OSError, TimeoutError)
 
 
+@dataclass
+class Contribution:
+    """What a server has done for others since it started."""
+
+    calls: int = 0
+    tokens: int = 0
+    """Experts computed, a token each."""
+    received_bytes: int = 0
+    sent_bytes: int = 0
+    """Of tensors; messages have some hundred bytes more."""
+
+
 @dataclass(frozen=True)
 class _Call:
     hosted: HostedExperts
@@ -51,6 +63,7 @@ class ExpertStreams:
     Attributes:
         calls_under_way: on all streams.
         draining: new streams are refused; those that stand go on until their owners have left.
+        contribution: what it has done so far.
     """
 
     def __init__(
@@ -61,6 +74,7 @@ class ExpertStreams:
         self._compute = compute
         self.calls_under_way = 0
         self.draining = False
+        self.contribution = Contribution()
 
     async def serve_on(self, node: Node, protocol: str) -> None:
         """From now on."""
@@ -110,6 +124,10 @@ class ExpertStreams:
         finally:
             self.calls_under_way -= 1
         answer = ExpertOutputs(call=request.call, queue_s=timed.queue_s, compute_s=timed.compute_s, tensors=[])
+        self.contribution.calls += 1
+        self.contribution.tokens += len(call.experts)
+        self.contribution.received_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        self.contribution.sent_bytes += outputs.nbytes
         return answer, {"outputs": outputs}
 
     def _checked(self, request: ComputeExperts, tensors: Mapping[str, torch.Tensor]) -> _Call:

@@ -84,7 +84,13 @@ def _run_experts(settings: ServerSettings, output: Output) -> int:
             rows_per_s=announcement.rows_per_s,
         )
 
-    return _until_left(server.leave, lambda: server.run(show_plan, show_ready), output)
+    def said_at_the_end() -> dict[str, object]:
+        done = server.contribution
+        if done.calls:
+            output.say(f"It computed experts for {done.tokens:,} tokens, in {done.calls:,} calls.")
+        return dataclasses.asdict(done)
+
+    return _until_left(server.leave, lambda: server.run(show_plan, show_ready), output, said_at_the_end)
 
 
 def _run(settings: ServerSettings, output: Output) -> int:
@@ -111,8 +117,17 @@ def _run(settings: ServerSettings, output: Output) -> int:
     )
 
 
-def _until_left(leave: Callable[[], None], run: Callable[[], Awaitable[None]], output: Output) -> int:
-    """Run a server; the first Ctrl-C lets it `leave`, the second ends it. Returns the exit code."""
+def _until_left(
+    leave: Callable[[], None],
+    run: Callable[[], Awaitable[None]],
+    output: Output,
+    at_the_end: Callable[[], dict[str, object]] = dict,
+) -> int:
+    """Run a server; the first Ctrl-C lets it `leave`, the second ends it. Returns the exit code.
+
+    Args:
+        at_the_end: returns what is to be added to the last event.
+    """
 
     async def serve() -> None:
         loop, main_task = asyncio.get_running_loop(), asyncio.current_task()
@@ -138,7 +153,7 @@ def _until_left(leave: Callable[[], None], run: Callable[[], Awaitable[None]], o
         output.say("Stopped at once; clients will find other servers by themselves.")
         return 130
     output.say("Left the swarm.")
-    output.event(event="left")
+    output.event(event="left", **at_the_end())
     return 0
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from swarm.commands.output import Output
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from swarm.client import Network
     from swarm.dht import Announcement, ExpertAnnouncement
     from swarm.models import Checkpoint
@@ -72,28 +74,38 @@ def _show_once(
     if any(server.decode_steps_per_s for server in servers):
         console.print(speed_table(servers))
     output.say(verdict(redundancy))
-    missing: dict[int, frozenset[int]] = {}
-    if hosts or any(server.kept_experts for server in servers):
-        from swarm.commands.expert_picture import expert_table, expert_verdict, missing_experts
-        from swarm.models.experts import find_expert_tensors
-
-        counts = {block: table.count for block, table in find_expert_tensors(checkpoint).items()}
-        missing = missing_experts(servers, hosts, counts)
-        if hosts:
-            console.print(expert_table(f"{model}: {sum(counts.values()):,} routed experts", hosts, counts))
-        output.say(expert_verdict(servers, hosts, counts))
     facts = _facts(digest, servers, redundancy)
-    facts["complete"] = bool(facts["complete"]) and not missing
-    facts["missing_experts"] = {str(block): sorted(experts) for block, experts in missing.items()}
-    facts["expert_servers"] = [
-        {
-            **host.model_dump(mode="json", exclude={"bitmaps"}),
-            "experts": {str(b): sorted(e) for b, e in host.experts.items()},
-        }
-        for host in hosts
-    ]
+    if hosts or any(server.kept_experts for server in servers):
+        facts |= _show_experts(model, checkpoint, servers, hosts, console, output)
+        facts["complete"] = facts["complete"] and not facts["missing_experts"]
     output.event(**facts)
     return 0 if facts["complete"] else 3
+
+
+def _show_experts(
+    model: str,
+    checkpoint: Checkpoint,
+    servers: list[Announcement],
+    hosts: list[ExpertAnnouncement],
+    console: Console,
+    output: Output,
+) -> dict[str, object]:
+    from swarm.commands.expert_picture import expert_table, expert_verdict, missing_experts
+    from swarm.models.experts import find_expert_tensors
+
+    counts = {block: table.count for block, table in find_expert_tensors(checkpoint).items()}
+    if hosts:
+        console.print(expert_table(f"{model}: {sum(counts.values()):,} routed experts", hosts, counts))
+    output.say(expert_verdict(servers, hosts, counts))
+    missing = missing_experts(servers, hosts, counts)
+    return {
+        "missing_experts": {str(block): sorted(experts) for block, experts in missing.items()},
+        "expert_servers": [
+            host.model_dump(mode="json", exclude={"bitmaps"})
+            | {"experts": {str(block): sorted(experts) for block, experts in host.experts.items()}}
+            for host in hosts
+        ],
+    }
 
 
 async def _watch(options: argparse.Namespace, digest: str, num_blocks: int, output: Output) -> None:
