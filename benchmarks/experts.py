@@ -1,9 +1,9 @@
 """Experts on servers of their own, beside the same model hosted as whole blocks: speed, memory, messages, failures.
 
-The model is SmolLM2-135M as a mixture of experts (``swarm moefy``, 8 experts a block, all of which run for every token:
-the text is the dense model's). One server runs all 30 blocks without their experts; 1, 2 or 4 servers share the experts,
-so that each step asks every one of them 30 times. The peer is one server of whole blocks of the same model in the same
-swarm. One computing thread each; the two take turns.
+The model is SmolLM2-135M as a mixture of experts (``swarm moefy``, 8 experts a block, all of which run for every
+token: the text is the dense model's). One server runs all 30 blocks without their experts; 1, 2 or 4 servers share the
+experts, so that each step asks every one of them 30 times. The peer is one server of whole blocks of the same model in
+the same swarm. One computing thread each; the two take turns.
 
 - `decode_ratio_to_whole_layers`: decode steps per second of one user with two servers of experts, over the peer's.
 - `…_N_servers` and `…_lan`, `…_wan`: the same with N servers on loopback, and with two on hosts of the laboratory
@@ -14,8 +14,8 @@ swarm. One computing thread each; the two take turns.
 - `messages_per_token`, `bytes_per_token`: calls of servers of experts, and tensors there and back, one user's decode.
 - `failover_pause_p50_s`: the longest gap between two tokens when a server of experts is killed (SIGKILL) in the middle
   of an answer and another one hosts the same; median.
-- `affinity_dispatch_ratio`: messages per token and block, if experts are placed by what fires together, over those if they
-  are placed at random; a simulation (`swarm.simulation.experts`), as real routers with such habits are not at hand here.
+- `affinity_dispatch_ratio`: messages per token and block, if experts are placed by what fires together, over those if
+  they are placed at random; a simulation (`swarm.simulation.experts`): no real router with such habits is at hand here.
 
 `identical`: all answers are those of the peer, and the dense SmolLM2's.
 """
@@ -23,6 +23,7 @@ swarm. One computing thread each; the two take turns.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import statistics
 import tempfile
@@ -74,7 +75,7 @@ class Way:
                 prompt, session=session, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens,
                 stopping_criteria=[note],
             )  # fmt: skip
-        gaps = [later - earlier for earlier, later in zip(times[1:], times[2:], strict=False)]
+        gaps = [later - earlier for earlier, later in itertools.pairwise(times[1:])]
         return statistics.median(gaps), ids.tolist()
 
     def prefill_s(self, prompt: torch.Tensor) -> float:
@@ -154,9 +155,7 @@ def _on_loopback(
         figures = _speeds(whole, apart, f"{count}_servers", prompt, text, before, report)
         if count == 2:
             figures |= _memory(swarm, model, whole, apart)
-        hosts = swarm.servers[2:4] if count == 2 else swarm.servers[2 : 2 + count]
-        figures |= _messages(hosts, apart, prompt, f"{count}_servers")
-    return figures
+    return {**figures, **_messages(model, count, prompt)}
 
 
 def _at_a_distance(
@@ -230,21 +229,20 @@ def _resident(server: LocalPeer) -> float:
     return float(psutil.Process(server.process.pid).memory_info().rss)
 
 
-def _messages(hosts: list[LocalPeer], apart: Way, prompt: torch.Tensor, key: str) -> dict[str, Any]:
-    """End the servers of experts: at the end they say what they did. (An answer more shows what one token costs.)"""
-    done = []
-    for host in hosts:
-        host.process.terminate()
-        assert host.process.stdout is not None
-        lines = host.process.stdout.read().decode().splitlines()
-        host.process.wait()
-        done.append(next(event for line in lines if (event := json.loads(line)).get("event") == "left"))
-    calls, tokens = sum(one["calls"] for one in done), sum(one["tokens"] for one in done) / _EXPERTS / 30
-    bytes_ = sum(one["received_bytes"] + one["sent_bytes"] for one in done)
+def _messages(model: str, count: int, prompt: torch.Tensor) -> dict[str, Any]:
+    """What one token costs: in a swarm that sees nothing but single tokens, as servers of experts say when they end."""
+    with LocalSwarm() as swarm, _ways(swarm, model, count) as (_, apart):
+        _, answers = apart.step_s(prompt[:, :1], 16)
+        steps = len(answers[0]) - 1
+        done = []
+        for host in swarm.servers[2:]:
+            host.process.terminate()
+            assert host.process.stdout is not None
+            events = map(json.loads, host.process.stdout.read().decode().splitlines())
+            done.append(next(event for event in events if event.get("event") == "left"))
     return {
-        f"calls_in_all_{key}": calls,
-        f"messages_per_token_{key}": len(hosts) * 30,
-        f"bytes_per_token_{key}": bytes_ / tokens,
+        f"messages_per_token_{count}_servers": sum(one["calls"] for one in done) / steps,
+        f"bytes_per_token_{count}_servers": sum(one["received_bytes"] + one["sent_bytes"] for one in done) / steps,
     }
 
 
