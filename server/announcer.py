@@ -30,7 +30,8 @@ class Announcer(Generic[Record]):
         Args:
             make: given this peer's addresses, makes the record as it is now.
         """
-        self._node, self._directory, self._initial_peers, self._make = node, directory, initial_peers, make
+        self._node, self._directory, self._initial_peers = node, directory, initial_peers
+        self._make: Callable[[tuple[str, ...]], Record] = make
         self._renew = asyncio.Event()
         self._one_at_a_time = asyncio.Lock()
 

@@ -192,7 +192,7 @@ def test_many_users_share_servers_of_experts(warm: WarmLoopback, mixtral: str, w
     assert answers == [whole.generate(prompt, **options)[0].tolist() for prompt in prompts]
 
 
-def test_a_server_holds_the_experts_that_it_hosts_and_no_others(swarm: LocalSwarm, tmp_path: Path) -> None:
+def test_a_server_holds_the_experts_that_it_hosts_and_no_others(tmp_path: Path) -> None:
     experts, blocks, hidden, inner = 16, 4, 512, 1024
     config = MixtralConfig(
         vocab_size=64, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=blocks, num_attention_heads=8,
@@ -200,21 +200,18 @@ def test_a_server_holds_the_experts_that_it_hosts_and_no_others(swarm: LocalSwar
     )  # fmt: skip
     MixtralForCausalLM(config).save_pretrained(tmp_path)
     one_mib = 3 * hidden * inner * 4 * blocks / MIB  # of every block
-
-    def resident_mib(*choice: str) -> float:
-        server = swarm.start_server(str(tmp_path), *choice, "--threads", "1")
-        resident = psutil.Process(server.process.pid).memory_info().rss / MIB
-        server.process.terminate()
-        server.process.wait()
-        swarm.servers.remove(server)
-        return resident
-
-    least = resident_mib("--experts", "*:3")
-    assert resident_mib("--experts", "*:4-15") - least == pytest.approx(11 * one_mib, rel=0.1)
-    without = resident_mib("--blocks", "0:4", "--experts", "none", "--kv-tokens", "2048")
-    assert resident_mib("--blocks", "0:4", "--experts", "*:0-7", "--kv-tokens", "2048") - without == pytest.approx(
-        8 * one_mib, rel=0.1
-    )
+    with LocalSwarm() as swarm:  # started cold: what a forked process shares with others would count
+        keeping = ("--blocks", "0:4", "--kv-tokens", "2048", "--threads", "1")
+        choices = [("--experts", "*:3"), ("--experts", "*:4-15"), (*keeping, "--experts", "none"), (*keeping,)]
+        for choice in choices:
+            swarm.start_server(str(tmp_path), *choice, wait=False)
+        for server in swarm.servers:
+            server.wait_until_ready()
+        one, twelve, none, every = (
+            psutil.Process(server.process.pid).memory_info().rss / MIB for server in swarm.servers
+        )
+    assert twelve - one == pytest.approx(11 * one_mib, rel=0.1)
+    assert every - none == pytest.approx(experts * one_mib, rel=0.1)
 
 
 # A stranger's expert stream

@@ -67,8 +67,8 @@ class ExpertDispatch:
     ) -> Callable[[], torch.Tensor]:
         """See :class:`swarm.models.experts.Elsewhere`."""
         states, tokens, experts = hidden_states.detach().to("cpu"), tokens.to("cpu"), experts.to("cpu")
-        pieces = zip(tokens.split(self._rows_per_call), experts.split(self._rows_per_call), strict=True)
-        calls = [_Call(self, block, states, *piece) for piece in pieces]
+        pieces = [slice(begin, begin + self._rows_per_call) for begin in range(0, len(tokens), self._rows_per_call)]
+        calls = [_Call(self, block, states, tokens[piece], experts[piece]) for piece in pieces]
         for call in calls:
             self._loop.call_soon_threadsafe(call.start)
 

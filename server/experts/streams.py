@@ -162,7 +162,7 @@ def _compute_together(calls: Sequence[_Call]) -> list[torch.Tensor]:
         torch.cat([call.hidden_states for call in calls]).to(device),
         torch.cat([call.experts for call in calls]).to(device),
     )
-    return list(outputs.to("cpu").split([len(call.experts) for call in calls]))
+    return list(torch.split(outputs.to("cpu"), [len(call.experts) for call in calls]))
 
 
 class _Stream:
