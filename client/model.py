@@ -53,6 +53,7 @@ class AutoDistributedModelForCausalLM:
         profile: str | None = None,
         quantization: str | None = None,
         any_precision: bool = False,
+        allow_degraded: bool = False,
         allow_untested: bool = False,
     ) -> Any:
         """Load embeddings, norm and head of `model` here, and leave its layers to the swarm.
@@ -77,6 +78,8 @@ class AutoDistributedModelForCausalLM:
             quantization: use servers with ``"int8"``, ``"nf4"`` or ``"int4"`` weights, and multiply with the head in 8
                 bits; default: only unquantized ones.
             any_precision: also use servers of another precision.
+            allow_degraded: (mixtures of experts) go on without experts that nobody hosts; outputs are then not the
+                model's, and ``session.last_step.degraded`` says so. Default: wait for them, then ExpertsMissing.
 
         Returns:
             An instance of the family's own ``…ForCausalLM`` class (and of :class:`DistributedMixin`).
@@ -104,6 +107,7 @@ class AutoDistributedModelForCausalLM:
             profile=profile,
             quantization=quantization,
             any_precision=any_precision,
+            allow_degraded=allow_degraded,
         )
         network = BackgroundLoop.shared().run(Network.join(settings))
         layers = RemoteLayers()

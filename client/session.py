@@ -443,6 +443,7 @@ class Session:
                 max_length=self._max_length,
                 standby=action.standby,
                 codec=settings.activation_codec,
+                allow_degraded=settings.allow_degraded,
             )
         )
         self._streams[action.hop] = (stream, self._errand(self._keep(action.hop, stream)))

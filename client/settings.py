@@ -40,6 +40,9 @@ class ClientSettings:
     reroute_every_s: float | None = None
     """How often, give or take a half, a session that works looks for a much better way; then it tells its positions to
     other servers before its next step, which takes a moment. None: it stays where it is until a server fails."""
+    allow_degraded: bool = False
+    """(mixtures of experts) Let servers leave out experts that nobody hosts, and choose the next best, rather than wait
+    for them. Steps to which that happened say so (``session.last_step.degraded``): their output is not the model's."""
     quantization: str | None = None
     """Use only servers whose weights were quantized so (``"int8"``, …); None: only those that were not."""
     any_precision: bool = False

@@ -28,6 +28,8 @@ class HopTiming:
     """It came through the client, because the server before it could not dial this one."""
     codec: str | None = None
     """How the result was sent on; None: losslessly."""
+    degraded: bool = False
+    """Experts were left out, now or earlier in this session."""
 
     @property
     def total_s(self) -> float:
@@ -40,6 +42,11 @@ class StepTiming:
 
     total_s: float
     hops: tuple[HopTiming, ...]
+
+    @property
+    def degraded(self) -> bool:
+        """Experts were left out: the output is not the model's (only with ``allow_degraded=True``)."""
+        return any(hop.degraded for hop in self.hops)
 
 
 def time_by_hop(
@@ -84,6 +91,7 @@ def time_by_hop(
                 rest_s * way / whole,
                 relayed=index > 0 and hops[index - 1].link_s is None,
                 codec=hop.codec,
+                degraded=any(one.degraded for one in pieces[hop.start]),
             )
             for index, (hop, way) in enumerate(zip(hops, ways, strict=True))
         ),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from swarm.errors import BlocksNotHosted, CacheFull, Draining, SessionTooLarge, WrongModel
 from swarm.models import Span
+from swarm.models.experts import without_experts
 from swarm.models.paged_cache import PagedCache, PagePool
 from swarm.models.pages import PAGE, pages_for
 from swarm.models.together import Together
@@ -29,12 +30,18 @@ class HeldSession:
     """How short steps may run together with those of other sessions."""
     reuses: bool = True
     """What was computed before, for whomever, is not computed again."""
+    allows_degraded: bool = False
+    """Rather leave out experts that nobody hosts than wait for them."""
+    leaves_out: Mapping[int, frozenset[int]] | None = None
+    """Experts, by block, that are to be left out of the next step; None: none."""
+    is_degraded: bool = False
+    """Some were left out: what its cache holds is not what others would compute."""
     mask: torch.Tensor | None = field(default=None)
     """[batch, cached] int64, once anything was padded; None: no padding."""
 
     def group(self, work: Work) -> tuple[int, int] | None:
         """The blocks on which `work` can run together with that of other sessions; None: it must run alone."""
-        if self.together is None or work.mask is not None or self.mask is not None:
+        if self.together is None or work.mask is not None or self.mask is not None or self.leaves_out is not None:
             return None
         return (self.span.start, self.span.end) if work.hidden_states.shape[1] <= self.together.most_positions else None
 
@@ -45,7 +52,11 @@ class HeldSession:
             return known
         states, _, ids = self.step(work, known.shape[1])
         self.cache.begin(*states.shape[:2])
-        return self.complete(work, known, self.span.forward(states, self.cache, ids, self.mask))
+        if not self.leaves_out:
+            return self.complete(work, known, self.span.forward(states, self.cache, ids, self.mask))
+        self.is_degraded = True
+        with without_experts(self.span.layers, self.leaves_out):
+            return self.complete(work, known, self.span.forward(states, self.cache, ids, self.mask))
 
     def take_up(self, work: Work) -> torch.Tensor:
         """Take the cache to where `work` begins, and past what the server has computed before.
@@ -82,7 +93,7 @@ class HeldSession:
 
     @property
     def _may_reuse(self) -> bool:
-        return self.reuses and self.mask is None
+        return self.reuses and self.mask is None and not self.is_degraded
 
     def _extend_mask(self, work: Work) -> None:
         batch, count, _ = work.hidden_states.shape
@@ -171,8 +182,14 @@ class SessionTable:
         part = self._span.part(request.start, request.end)
         cache = self._pool.new_cache(request.start, request.end, request.max_length)
         session = HeldSession(
-            part, cache, request.batch, reserved_positions=0, together=self._together, reuses=self._reuses
-        )  # fmt: skip
+            part,
+            cache,
+            request.batch,
+            reserved_positions=0,
+            together=self._together,
+            reuses=self._reuses,
+            allows_degraded=request.allow_degraded,
+        )
         self._reserve(session, request.batch, request.max_length)
         self._held[id(session)] = session
         return session

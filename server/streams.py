@@ -52,6 +52,8 @@ _OPEN_TIMEOUT_S = 30.0
 _MAX_UNREAD_BYTES = 256 * 1024 * 1024
 """A client that leaves more than this unread loses its session."""
 _BUSY_FOR_S = 3.0
+_GRACE_S = 2.0
+"""Experts are waited for so long, once in a session, before one that allows it goes on without them."""
 _TASK_FAILURES = (OSError, TimeoutError)
 
 
@@ -177,22 +179,34 @@ class StreamServer:
     async def complete(
         self, table: SessionTable, held: HeldSession, work: Work, begun: asyncio.Future[tuple[torch.Tensor, Timed]]
     ) -> tuple[torch.Tensor, Timed]:
-        """The result of what was begun; if it lacks experts, it is begun again when they have come.
+        """The result of what was begun; if it lacks experts, it is begun again when they have come, or without them.
 
         Raises:
             RemoteError: to be sent to the client.
         """
         until = time.monotonic() + self._experts_deadline_s
-        while True:
-            try:
-                return await self._result(begun)
-            except ExpertsMissing as error:
-                logger.warning("a step waits: %s", error)
-                left_s = until - time.monotonic()
-                if self._experts is None or not await self._experts.appear(error.block, error.experts, left_s):
-                    raise
+        try:
+            while True:
+                try:
+                    return await self._result(begun)
+                except ExpertsMissing as error:
+                    left_s = until - time.monotonic()
+                    if self._experts is None or left_s <= 0:
+                        raise
+                    can_do_without = held.allows_degraded and held.leaves_out is None
+                    held.leaves_out = None
+                    if can_do_without:
+                        left_s = 0.0 if held.is_degraded else min(_GRACE_S, left_s)
+                    else:
+                        logger.warning("a step waits: %s", error)
+                    if not await self._experts.appear(error.block, error.experts, left_s):
+                        if not can_do_without:
+                            raise
+                        held.leaves_out = self._experts.missing(held.span.layers)
                 work = replace(work, reorder=None)  # that has been done
                 begun = self.begin(table, held, work, can_wait=False)
+        finally:
+            held.leaves_out = None
 
     async def _result(self, begun: asyncio.Future[tuple[torch.Tensor, Timed]]) -> tuple[torch.Tensor, Timed]:
         try:
@@ -359,6 +373,7 @@ class SessionStream:
                 return
             for number, (link, _) in self._links.items():
                 self._session.link_measured(number, link.one_way_s)
+            self._session.degraded = self._held.is_degraded
             actions = self._session.computed(output, timed.queue_s, timed.compute_s, timed.together)
         self._act(actions)
         await self._flush()

@@ -175,6 +175,38 @@ def test_a_step_that_lacks_experts_waits_for_them(warm: WarmLoopback, mixtral: s
         model.disconnect()
 
 
+def test_who_allows_it_gets_an_answer_without_the_missing_experts_and_is_told_so(
+    warm: WarmLoopback, mixtral: str
+) -> None:
+    other = tiny_model("mixtral").eval()
+    for layer in other.model.layers:  # the local model, if its routers could not choose expert 0
+        layer.mlp.gate.register_forward_hook(choose_among_the_others)
+    with expert_swarm(warm, mixtral, "*:1", layers="*:2-3") as swarm:
+        model = connected(swarm, mixtral, allow_degraded=True)
+        with model.inference_session(max_length=64) as session:
+            assert answer(model, session=session) == answer(other)
+            assert session.last_step.degraded
+        swarm.start_server(mixtral, "--experts", "*:0", "--threads", "1")
+        whole = tiny_model("mixtral").eval()
+        deadline = time.monotonic() + 15
+        while True:  # until the server of blocks has found it
+            with model.inference_session(max_length=64) as session:
+                found = answer(model, session=session)
+                if not session.last_step.degraded:
+                    break
+            assert time.monotonic() < deadline
+        assert found == answer(whole)
+        model.disconnect()
+
+
+def choose_among_the_others(gate: Any, inputs: tuple[torch.Tensor], _: object) -> tuple[torch.Tensor, ...]:
+    """Mixtral's router, without expert 0."""
+    logits = inputs[0].reshape(-1, gate.weight.shape[1]) @ gate.weight.T
+    logits[:, 0] = float("-inf")
+    weights, chosen = logits.softmax(dim=-1).topk(gate.top_k)
+    return logits, weights / weights.sum(dim=-1, keepdim=True), chosen
+
+
 def test_many_users_share_servers_of_experts(warm: WarmLoopback, mixtral: str, whole: Any) -> None:
     prompts = [torch.randint(3, 128, (1, 6 + seed), generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
     options = {"do_sample": False, "max_new_tokens": 16, "min_new_tokens": 16}

@@ -11,14 +11,16 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from swarm.dht import Directory, ExpertAnnouncement, State
 from swarm.errors import ExpertsMissing, PeerError, ProtocolError, RemoteError, SwarmError
+from swarm.models.experts import routed_experts
 from swarm.protocol.messages import (
     EXPERTS_PROTOCOL,
     MAX_STEP_POSITIONS,
@@ -109,6 +111,13 @@ class ExpertDispatch:
     def usual_s(self) -> float:
         """How long a block waits for experts, usually: as long as for the slowest of all that it asks at once."""
         return max((host.usual_s for host in self._hosts.values() if host.is_open), default=0.0)
+
+    def missing(self, layers: Sequence[nn.Module]) -> dict[int, frozenset[int]]:
+        """By block, the experts of these layers that are neither here nor can be reached."""
+        return {
+            routed.block: frozenset(range(routed.count)) - frozenset(routed.kept) - self._reachable(routed.block)
+            for routed in routed_experts(layers)
+        }
 
     def choices(self, block: int) -> list[ExpertChoice]:
         """Who can be asked for experts of `block` now."""

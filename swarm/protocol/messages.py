@@ -93,6 +93,8 @@ class Open(_Message):
     """Compute when idle, and send nothing until ``TakeOver``."""
     codec: Codec | None = None
     """How to send hidden states on; None: losslessly."""
+    allow_degraded: bool = False
+    """Rather leave out experts that nobody hosts than wait for them."""
 
 
 class Opened(_Message):
@@ -180,6 +182,8 @@ class HopTime(_Message):
     client."""
     codec: Codec | None = None
     """How the result was sent on; None: losslessly."""
+    degraded: bool = False
+    """Experts were left out, in this step or an earlier one: the result is not the model's."""
 
 
 class Step(_Message):

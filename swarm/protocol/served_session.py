@@ -128,12 +128,14 @@ class ServedSession:
         batch: sequences that the cache will hold after the work that was accepted.
         position: positions that it will hold.
         standby: nothing is sent on.
+        degraded: experts were left out of what was computed; every result is marked so.
     """
 
     def __init__(self, request: Open, hidden_size: int) -> None:
         self._request, self._hidden_size = request, hidden_size
         self.batch, self.position = request.batch, 0
         self.standby = request.standby
+        self.degraded = False
         self._fresh = True
         self._accepted = self._done = 0  # sequence numbers
         self._waiting: deque[Work] = deque()
@@ -398,6 +400,7 @@ class ServedSession:
             together=together,
             link_s=None if successor.through_client else successor.link_s or 0.0,
             codec=request.codec,
+            degraded=self.degraded,
         )
 
     def _replay_on(self, part: Replay, count: int) -> list[Action]:

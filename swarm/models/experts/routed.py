@@ -49,7 +49,7 @@ class RoutedExperts(nn.Module):
             here: transformers' module with just those; None: there are none.
         """
         super().__init__()
-        self.block, self.kept, self.here = block, tuple(sorted(kept)), here
+        self.block, self.count, self.kept, self.here = block, count, tuple(sorted(kept)), here
         self.elsewhere: Elsewhere | None = None
         number_here = torch.full((count,), -1, dtype=torch.int64)
         number_here[list(self.kept)] = torch.arange(len(self.kept))
@@ -71,7 +71,7 @@ class RoutedExperts(nn.Module):
         experts = top_k_index.reshape(-1)
         numbers = self._number_here.to(experts.device)[experts]  # -1: not here
         outputs = hidden_states.new_zeros(tokens * k, hidden_states.shape[-1])
-        away = (numbers < 0).nonzero().flatten()
+        away = ((numbers < 0) & (top_k_weights.reshape(-1) != 0)).nonzero().flatten()
         finish = None
         if len(away) and self.elsewhere is not None:
             finish = self.elsewhere.begin(self.block, hidden_states, away // k, experts[away])
