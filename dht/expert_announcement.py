@@ -32,6 +32,10 @@ class ExpertAnnouncement(BaseModel):
     """By block."""
     dtype: str = Field(max_length=16)
     """The precision in which the server computes."""
+    tentative: bool = False
+    """It has just come and looks around: it may still choose other experts."""
+    room_bytes: int = Field(default=0, ge=0, le=1 << 60)
+    """Of memory for experts: so that servers that come at once can all tell who will take what."""
     rows_per_s: Rate | None = None
     """Experts that it computes in a second, a token each, when many tokens come at once; by its own measurement."""
     calls_under_way: int = Field(default=0, ge=0)

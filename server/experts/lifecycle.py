@@ -15,6 +15,8 @@ from swarm.dht import Directory, ExpertAnnouncement, State
 from swarm.dht.expert_announcement import bitmaps_of
 from swarm.errors import PeerError
 from swarm.models.experts import HostedExperts, load_experts
+from swarm.placement.expert_coverage import ExpertHost
+from swarm.placement.experts import ExpertJoiner, share_experts
 from swarm.protocol.messages import EXPERTS_PROTOCOL
 from swarm.protocol.tensors import dtype_name
 from swarm.server.announcer import Announcer
@@ -48,6 +50,7 @@ class ExpertServer:
         self._hosted: Mapping[int, frozenset[int]] = {}
         self._streams: ExpertStreams | None = None
         self._rows_per_s: float | None = None
+        self._tentative = False
 
     @property
     def contribution(self) -> Contribution:
@@ -104,7 +107,10 @@ class ExpertServer:
         announcer = Announcer(
             node, directory, self._settings.initial_peers, lambda addresses: self._announcement(node, addresses)
         )
-        self._hosted = prepared.wanted if prepared.wanted is not None else await self._choose(node, directory)
+        if prepared.wanted is not None:
+            self._hosted = prepared.wanted
+        else:
+            await self._find_place(node, directory, announcer)
         on_plan(self._hosted)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -156,8 +162,33 @@ class ExpertServer:
             self._rows_per_s = _measure(next(iter(loaded.values())), prepared)
         return loaded
 
-    async def _choose(self, node: Node, directory: Directory) -> Mapping[int, frozenset[int]]:
-        raise ValueError("say which experts to host, with --experts")
+    async def _find_place(
+        self, node: Node, directory: Directory, announcer: Announcer[ExpertAnnouncement]
+    ) -> None:
+        """Choose what is needed most; with others who come at the same time, share it."""
+        prepared, model = self._prepared, self._prepared.checkpoint.model_digest
+        blocks = range(prepared.checkpoint.num_blocks)
+        shape = [prepared.tables[block].count if block in prepared.tables else 0 for block in blocks]
+        sizes = [prepared.expert_bytes(block) if block in prepared.tables else 0 for block in blocks]
+        me = ExpertJoiner(node.peer_id, prepared.room_bytes)
+
+        async def choose() -> dict[int, frozenset[int]]:
+            others = [one for one in await directory.experts(model) if one.peer_id != node.peer_id]
+            joiners = [ExpertJoiner(one.peer_id, one.room_bytes) for one in others if one.tentative]
+            hosts = [
+                ExpertHost(one.peer_id, one.experts, one.rows_per_s or 0.0)
+                for one in others
+                if not one.tentative and one.state is not State.DRAINING
+            ]
+            shared = await asyncio.to_thread(share_experts, [me, *joiners], hosts, shape, sizes)
+            return {block: experts for block, experts in shared[node.peer_id].items() if experts}
+
+        self._tentative = True
+        self._hosted = await choose()
+        await announcer.announce()
+        await asyncio.sleep(self._settings.settle_wait_s)
+        self._hosted = await choose()
+        self._tentative = False
 
     def _announcement(self, node: Node, addresses: tuple[str, ...]) -> ExpertAnnouncement:
         checkpoint = self._prepared.checkpoint
@@ -168,6 +199,8 @@ class ExpertServer:
             state=self._state,
             bitmaps=bitmaps_of(self._hosted),
             dtype=dtype_name(self._prepared.dtype),
+            tentative=self._tentative,
+            room_bytes=max(0, self._prepared.room_bytes),
             rows_per_s=self._rows_per_s,
             calls_under_way=self._streams.calls_under_way if self._streams else 0,
             addresses=addresses,
