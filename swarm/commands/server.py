@@ -10,6 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
+import swarm.server.lean_torch  # noqa: F401  # isort: skip  (before anything that imports torch)
 import torch
 import uvloop
 
