@@ -44,7 +44,7 @@ class Gathering:
 
     def ask(self, hosts: Sequence[ExpertChoice]) -> list[Ask]:
         """Whom to ask for what nobody is being asked for."""
-        return self._begin(assign_experts(self.hopeless, hosts))
+        return self._begin(assign_experts(self.hopeless, hosts).by_peer)
 
     def answered(self, ask: Ask) -> frozenset[int]:
         """An answer has come; what of it was still missing."""
@@ -63,7 +63,7 @@ class Gathering:
             return []
         asked = {one.peer_id for one in self._asks if one.experts & ask.experts}
         others = [host for host in hosts if host.peer_id not in asked]
-        return self._begin(assign_experts(ask.experts & self._missing, others))
+        return self._begin(assign_experts(ask.experts & self._missing, others).by_peer)
 
     def _begin(self, assigned: dict[str, frozenset[int]]) -> list[Ask]:
         asks = [Ask(peer_id, experts) for peer_id, experts in assigned.items()]

@@ -162,9 +162,7 @@ class ExpertServer:
             self._rows_per_s = _measure(next(iter(loaded.values())), prepared)
         return loaded
 
-    async def _find_place(
-        self, node: Node, directory: Directory, announcer: Announcer[ExpertAnnouncement]
-    ) -> None:
+    async def _find_place(self, node: Node, directory: Directory, announcer: Announcer[ExpertAnnouncement]) -> None:
         """Choose what is needed most; with others who come at the same time, share it."""
         prepared, model = self._prepared, self._prepared.checkpoint.model_digest
         blocks = range(prepared.checkpoint.num_blocks)
