@@ -65,13 +65,11 @@ def expert_verdict(
     if missing := missing_experts(servers, hosts, counts):
         total, (block, experts) = sum(map(len, missing.values())), min(missing.items())
         return (
-            f"INCOMPLETE: no server is online for {total} expert{'s' if total > 1 else ''} that servers of blocks need; "
-            f"of block {block}: {', '.join(map(str, sorted(experts)))}"
+            f"INCOMPLETE: no server is online for {total} expert{'s' if total > 1 else ''} that servers of blocks "
+            f"need; of block {block}: {', '.join(map(str, sorted(experts)))}"
         )
     least = min((online for of_block in servers_of_experts(hosts, counts).values() for online in of_block), default=0)
     if not any(server.kept_experts for server in servers):
         return "All servers of blocks have their experts themselves."
-    survives = (
-        f"it survives the loss of any {least - 1}" if least > 1 else "the loss of one server of experts may break it"
-    )
+    survives = f"it survives the loss of any {least - 1}" if least > 1 else "the loss of one of them may break it"
     return f"Complete, too: every expert has {least} or more servers of its own; {survives}."
