@@ -41,7 +41,9 @@ def serving(swarm: LocalSwarm) -> LocalSwarm:
     return swarm
 
 
-@pytest.mark.parametrize("command", ["", "demo", "generate", "chat", "status", "bootstrap", "simulate", "digest"])
+@pytest.mark.parametrize(
+    "command", ["", "demo", "generate", "chat", "status", "bootstrap", "simulate", "digest", "moefy"]
+)
 def test_help_explains(command: str) -> None:
     result = run(*command.split(), "--help")
     assert result.returncode == 0

@@ -17,6 +17,7 @@ _COMMANDS = {
     "bootstrap": "run a peer through which others find each other",
     "simulate": "what becomes of a swarm of so many servers, and how evenly they share the work",
     "digest": "show or write the checksums of a model's weights",
+    "moefy": "turn a dense model into a mixture of experts that gives the same answers",
 }
 
 _EPILOG = """\
