@@ -1,11 +1,15 @@
 """Who should host what: pure functions over a snapshot of announcements."""
 
 from swarm.placement.coverage import Coverage, Quality
+from swarm.placement.expert_coverage import ExpertCoverage, ExpertHost
+from swarm.placement.expert_demand import ExpertDemand
+from swarm.placement.experts import ExpertJoiner, choose_experts, local_experts, share_experts
 from swarm.placement.hosting import Capacity, Hosting, Span
 from swarm.placement.join import choose_span, settle
 from swarm.placement.moves import Move, MovePolicy, Urgency, goes_before, may_move, wanted_move
 
 __all__ = [
-    "Capacity", "Coverage", "Hosting", "Move", "MovePolicy", "Quality", "Span", "Urgency", "choose_span", "goes_before",
-    "may_move", "settle", "wanted_move",
+    "Capacity", "Coverage", "ExpertCoverage", "ExpertDemand", "ExpertHost", "ExpertJoiner", "Hosting", "Move",
+    "MovePolicy", "Quality", "Span", "Urgency", "choose_experts", "choose_span", "goes_before", "local_experts",
+    "may_move", "settle", "share_experts", "wanted_move",
 ]  # fmt: skip
