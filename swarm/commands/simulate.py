@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from swarm.commands import simulate_experts
 from swarm.commands.output import Output
 from swarm.simulation import STRATEGIES, Outcome, World, simulate
 from swarm.simulation.plots import plot
@@ -23,14 +24,15 @@ examples:
   swarm simulate --servers 1000 --fail-at 40 --plot course.svg
                                                           30% of 1,000 vanish after 40 minutes; draw what happens
   swarm simulate --servers 10000                          about a minute and a half on one core
-  swarm simulate --strategy petals --life 1               Petals' rule instead; servers stay for an hour"""
+  swarm simulate --strategy petals --life 1               Petals' rule instead; servers stay for an hour
+  swarm simulate --experts qwen3 --servers 30             30 servers of experts; beside other ways to place them"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.epilog, parser.formatter_class = _EPILOG, argparse.RawDescriptionHelpFormatter
     swarm = parser.add_argument_group("the swarm")
-    swarm.add_argument("--servers", type=int, default=100, help="as many as there are on average (100)")
+    swarm.add_argument("--servers", type=int, help="as many as there are on average (100; with --experts 16)")
     swarm.add_argument("--blocks", type=int, default=80, help="of the model (80)")
     swarm.add_argument("--block-gb", type=float, default=0.9, help="weights of a block, with its KV cache (0.9)")
     swarm.add_argument("--hours", type=float, default=1.0, help="simulated time (1)")
@@ -38,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     swarm.add_argument("--diurnal", type=float, default=0.0, help="how far arrivals swing within a day, 0 to 1 (0)")
     swarm.add_argument("--delay", type=float, default=3.0, metavar="S", help="until others see what one announces (3)")
     swarm.add_argument("--seed", type=int, default=0, help="another one gives another course (0)")
+    simulate_experts.add_arguments(parser)
     trouble = parser.add_argument_group("trouble")
     trouble.add_argument("--fail-at", type=float, metavar="MINUTES", help="many servers vanish at this moment")
     trouble.add_argument("--fail-share", type=float, default=0.3, help="so many of all (0.3)")
@@ -51,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, output: Output) -> int:
     """Simulate and tell."""
+    if options.experts is not None:
+        return simulate_experts.run(options, _defaults(), output)
     world = _world(options)
     with tqdm(total=round(world.duration_s), unit="s", desc="Simulating", delay=2.0, leave=False) as bar:
         outcome = simulate(
@@ -69,7 +74,15 @@ def run(options: argparse.Namespace, output: Output) -> int:
 _STRATEGIES = {"ours": "ours", "petals": "Petals' rule", "greedy": "greedy", "random": "random"}
 
 
+def _defaults() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args([])
+
+
 def _world(options: argparse.Namespace) -> World:
+    if options.servers is None:
+        options.servers = 100
     for name, least in (
         ("servers", 1),
         ("blocks", 1),

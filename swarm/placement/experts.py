@@ -178,8 +178,8 @@ class _Choice:
         """
         whole = -((self.mine.sum(1) + fit) / self._experts).round(_DIGITS)
         rest, needy = offered - fit, -(need / max(need.max(), 1e-300)).round(_DIGITS)
-        taken = self.mine.any(1)
-        beside = np.append(taken[1:], False) | np.append(False, taken[:-1])
+        taken = np.flatnonzero(self.mine.any(1))
+        beside = np.isin(np.arange(len(fit)), [taken - 1, taken + 1])
         keys = [needy, whole, rest] if neediest_first else [whole, rest, needy]
         return int(np.lexsort([self._turn, ~beside, *reversed(keys), fit == 0])[0])
 
