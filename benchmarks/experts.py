@@ -44,6 +44,7 @@ from swarm.models import open_checkpoint
 from swarm.models.kv_size import kv_bytes_per_position
 from swarm.models.local import load_whole_model
 from swarm.models.moefy import moefy
+from swarm.simulation import EXPERT_STRATEGIES, MODELS, ExpertWorld, simulate_experts
 from tests.netlab import Laboratory, Link, netlab_available
 
 _EXPERTS = 8
@@ -288,7 +289,15 @@ def _failover(model: str, prompt: torch.Tensor, faults: int, before: dict[str, A
 
 
 def _affinity(report: Report) -> dict[str, Any]:
-    return {}
+    """16 servers of experts of a model like Qwen3 235B (128 in a block, 8 for a token); see `swarm simulate --experts`."""
+    report.progress("simulating where experts are placed")
+    world = ExpertWorld(MODELS["qwen3"], duration_s=1800.0)
+    ours, random = (simulate_experts(world, EXPERT_STRATEGIES[name]) for name in ("ours", "random"))
+    return {
+        "affinity_dispatch_ratio": ours.messages / random.messages,
+        "messages_per_token_and_block_ours": ours.messages,
+        "messages_per_token_and_block_random": random.messages,
+    }
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def _complete_generators() -> None:
     try:
         from torch._opaque_base import OpaqueBaseMeta
 
-        torch._C._set_generator_metaclass(OpaqueBaseMeta)  # type: ignore[attr-defined]
+        torch._C._set_generator_metaclass(OpaqueBaseMeta)
         torch.Generator()
     except (ImportError, AttributeError, RuntimeError):
         import_module(_KERNELS)
