@@ -289,7 +289,7 @@ def _failover(model: str, prompt: torch.Tensor, faults: int, before: dict[str, A
 
 
 def _affinity(report: Report) -> dict[str, Any]:
-    """16 servers of experts of a model like Qwen3 235B (128 in a block, 8 for a token); see `swarm simulate --experts`."""
+    """16 servers of experts of a model like Qwen3 235B: 128 in a block, 8 for a token (`swarm simulate --experts`)."""
     report.progress("simulating where experts are placed")
     world = ExpertWorld(MODELS["qwen3"], duration_s=1800.0)
     ours, random = (simulate_experts(world, EXPERT_STRATEGIES[name]) for name in ("ours", "random"))
