@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/swarm demo
 
 test: $(VENV)/.installed-test lint
-	$(VENV)/bin/python -m pytest --durations=15
+	$(VENV)/bin/python -m tests.in_two_parts --durations=15
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .

@@ -25,6 +25,28 @@ from swarm.models.local import load_whole_model
 QUESTION = "Write three sentences about the sea."
 
 
+_LIVE_FIXTURES = {"swarm", "warm", "connect"}
+_LIVE_NAMES = {"LocalSwarm", "Node", "Laboratory", "subprocess"}
+"""A module that has one of them starts processes, or opens sockets."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", choices=("live", "others"), help="run only a part: see tests/in_two_parts.py")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    part = config.getoption("--part")
+    if part is not None:
+        chosen = [item for item in items if _is_live(item) == (part == "live")]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+        items[:] = chosen
+
+
+def _is_live(item: pytest.Item) -> bool:
+    assert isinstance(item, pytest.Function)
+    return bool(_LIVE_FIXTURES & set(item.fixturenames) or _LIVE_NAMES & vars(item.module).keys())
+
+
 def obey_ctrl_c() -> None:
     """A ``preexec_fn``: SIGINT ends the child also if the tests run in the background, where shells have it ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
