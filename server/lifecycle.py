@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 from swarm.dht import Announcement, Directory, State
-from swarm.errors import PeerError, SwarmError
+from swarm.errors import SwarmError
 from swarm.models.experts import routed_experts
 from swarm.placement import Move
 from swarm.protocol.messages import LINK_PROTOCOL, STREAM_PROTOCOL
 from swarm.server.compute import ComputeThread
 from swarm.server.experts.dispatch import ExpertDispatch
 from swarm.server.hosted_span import HostedSpan, free_memory, load_hosted_span
+from swarm.server.membership import fail_with_daemon, membership
 from swarm.server.neighbours import NetworkSpeed
 from swarm.server.network_speed import NetworkMeasurement
 from swarm.server.preparation import Prepared
@@ -25,14 +26,11 @@ from swarm.server.rebalancing import Rebalancing
 from swarm.server.resident_memory import share_one_heap
 from swarm.server.settings import ServerSettings
 from swarm.server.streams import StreamServer
-from swarm.transport.identity import Identity
 from swarm.transport.measuring import MEASURE_PROTOCOL, MeasuringServer
 from swarm.transport.node import Node
 
 logger = logging.getLogger(__name__)
 
-_LAST_WORK_S = 10.0
-"""A server that leaves waits so long for what it computes, or loads, to end."""
 _RELOAD_FAILURES = (SwarmError, OSError, MemoryError, RuntimeError)
 """torch reports that memory is exhausted as a RuntimeError."""
 
@@ -70,27 +68,12 @@ class Server:
             BootstrapFailed, PortTaken, PeerError: the swarm cannot be joined.
             CorruptCheckpoint: the weights cannot be loaded.
         """
-        settings, prepared = self._settings, self._prepared
-        identity = Identity.load_or_create(settings.identity) if settings.identity else None
-        node = await Node.start(
-            identity=identity,
-            listen=settings.listen,
-            announce=settings.announce,
-            public_network=settings.public_network,
-        )
-        try:
-            directory = await Directory.join(node, settings.initial_peers)
+        async with membership(self._settings, self._compute) as (node, directory):
+            presence = Presence(self._settings, self._prepared, node, directory)
             try:
-                presence = Presence(settings, prepared, node, directory)
                 await self._serve(node, directory, presence, on_ready, on_network, on_move)
             finally:
-                await directory.leave()
-        finally:
-            self._abandoned.set()
-            self._compute.stop()
-            await node.stop()
-            if not await self._compute.ended(_LAST_WORK_S):
-                logger.warning("the computation at hand did not end within %.0f s", _LAST_WORK_S)
+                self._abandoned.set()  # what is being loaded
 
     async def _serve(
         self,
@@ -110,7 +93,7 @@ class Server:
             async with asyncio.TaskGroup() as tasks:
                 watching = [
                     tasks.create_task(presence.keep_announced()),
-                    tasks.create_task(_fail_with_daemon(node)),
+                    tasks.create_task(fail_with_daemon(node)),
                 ]
                 checkpoint = self._prepared.checkpoint
                 if self._prepared.routed:
@@ -277,9 +260,3 @@ class Server:
             node, lambda: presence.bounds, lambda: directory.servers(model), is_busy, changed
         )  # fmt: skip
         await measurement.run()
-
-
-async def _fail_with_daemon(node: Node) -> None:
-    """Raise as soon as p2pd has died: without it nobody can reach this server."""
-    await node.wait_for_daemon()
-    raise PeerError("p2pd, the network daemon of this server, has died; start the server again")

@@ -56,6 +56,7 @@ class ExpertDispatch:
         self._dtype = dtype_name(dtype)
         self._rows_per_call = max(1, min(MAX_STEP_POSITIONS, _MAX_CALL_BYTES // (hidden_size * dtype.itemsize)))
         self._loop = asyncio.get_running_loop()
+        self._tasks: asyncio.TaskGroup | None = None
         self._hosts: dict[str, _Host] = {}
         self._failed_at: dict[str, float] = {}
         self._calls: set[_Call] = set()
@@ -75,7 +76,10 @@ class ExpertDispatch:
             self._loop.call_soon_threadsafe(call.start)
 
         def finish() -> torch.Tensor:
-            return torch.cat([call.future.result(_LONGEST_S) for call in calls])
+            try:
+                return torch.cat([call.future.result(_LONGEST_S) for call in calls])
+            except TimeoutError:
+                raise RuntimeError(f"servers of experts did not answer within {_LONGEST_S:.0f} s") from None
 
         return finish
 
@@ -84,12 +88,12 @@ class ExpertDispatch:
     async def run(self) -> None:
         """Keep in touch with all servers of experts, for ever."""
         try:
-            while True:
-                await self._refresh(_REFRESH_S / 2)
-                await asyncio.sleep(_REFRESH_S)
+            async with asyncio.TaskGroup() as self._tasks:
+                while True:
+                    await self._refresh(_REFRESH_S / 2)
+                    await asyncio.sleep(_REFRESH_S)
         finally:
-            for host in list(self._hosts.values()):
-                host.task.cancel()
+            self._tasks = None
             for call in list(self._calls):
                 call.give_up()
 
@@ -157,6 +161,7 @@ class ExpertDispatch:
             logger.warning("could not look for servers of experts: %s", error)
             return
         there = {one.peer_id: one for one in found if one.state in (State.ONLINE, State.DRAINING)}
+        self._failed_at = {peer_id: at for peer_id, at in self._failed_at.items() if peer_id in there}
         for peer_id, announcement in there.items():
             if announcement.dtype != self._dtype:
                 continue
@@ -170,8 +175,9 @@ class ExpertDispatch:
         stream = WatchedStream(self._node, peer_id, announcement.addresses, EXPERTS_PROTOCOL)
         stream.send(OpenExperts(model=self._model))
         host = _Host(peer_id, announcement.experts, stream)
-        self._hosts[peer_id] = host
-        host.task = self._loop.create_task(self._keep(host))
+        if self._tasks is not None:
+            self._hosts[peer_id] = host
+            self._tasks.create_task(self._keep(host))
 
     async def _keep(self, host: _Host) -> None:
         try:
@@ -201,7 +207,6 @@ class _Host:
     stream: WatchedStream
     latencies: Latencies = field(default_factory=Latencies)
     is_open: bool = False
-    task: asyncio.Task[None] = field(init=False)
     _asked: dict[int, _Asked] = field(default_factory=dict)
     _last_call: int = 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Mapping
 
@@ -13,7 +12,6 @@ from tqdm import tqdm
 from swarm import __version__
 from swarm.dht import Directory, ExpertAnnouncement, State
 from swarm.dht.expert_announcement import bitmaps_of
-from swarm.errors import PeerError
 from swarm.models.experts import HostedExperts, load_experts
 from swarm.placement.expert_coverage import ExpertHost
 from swarm.placement.experts import ExpertJoiner, share_experts
@@ -23,15 +21,12 @@ from swarm.server.announcer import Announcer
 from swarm.server.compute import ComputeThread
 from swarm.server.experts.preparation import PreparedExperts
 from swarm.server.experts.streams import Contribution, ExpertStreams
+from swarm.server.membership import fail_with_daemon, membership
 from swarm.server.resident_memory import memory_given_back, share_one_heap
 from swarm.server.settings import ServerSettings
 from swarm.server.throughput import best_s
-from swarm.transport.identity import Identity
 from swarm.transport.node import Node
 
-logger = logging.getLogger(__name__)
-
-_LAST_WORK_S = 10.0
 _LEAVING_S = 1.0
 """So long before it goes, those who use it learn that it will."""
 _MEASURED_ROWS = 64
@@ -76,25 +71,8 @@ class ExpertServer:
             BootstrapFailed, PortTaken, PeerError: the swarm cannot be joined.
             CorruptCheckpoint: the weights cannot be loaded.
         """
-        settings = self._settings
-        identity = Identity.load_or_create(settings.identity) if settings.identity else None
-        node = await Node.start(
-            identity=identity,
-            listen=settings.listen,
-            announce=settings.announce,
-            public_network=settings.public_network,
-        )
-        try:
-            directory = await Directory.join(node, settings.initial_peers)
-            try:
-                await self._serve(node, directory, on_plan, on_ready)
-            finally:
-                await directory.leave()
-        finally:
-            self._compute.stop()
-            await node.stop()
-            if not await self._compute.ended(_LAST_WORK_S):
-                logger.warning("the computation at hand did not end within %.0f s", _LAST_WORK_S)
+        async with membership(self._settings, self._compute) as (node, directory):
+            await self._serve(node, directory, on_plan, on_ready)
 
     async def _serve(
         self,
@@ -116,7 +94,7 @@ class ExpertServer:
             async with asyncio.TaskGroup() as tasks:
                 watching = [
                     tasks.create_task(announcer.keep_announced()),
-                    tasks.create_task(_fail_with_daemon(node)),
+                    tasks.create_task(fail_with_daemon(node)),
                 ]
                 loaded, _ = await self._compute.run(self._load)
                 checkpoint = prepared.checkpoint
@@ -216,9 +194,3 @@ def _measure(hosted: HostedExperts, prepared: PreparedExperts) -> float:
     experts = torch.tensor([hosted.kept[row % len(hosted.kept)] for row in range(_MEASURED_ROWS)])
     experts = experts.to(prepared.device)
     return _MEASURED_ROWS / best_s(lambda: hosted.compute(states, experts).to("cpu"), _MEASURING_S)
-
-
-async def _fail_with_daemon(node: Node) -> None:
-    """Raise as soon as p2pd has died: without it nobody can reach this server."""
-    await node.wait_for_daemon()
-    raise PeerError("p2pd, the network daemon of this server, has died; start the server again")
