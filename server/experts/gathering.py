@@ -15,6 +15,8 @@ _LATE_TIMES = 2.0
 _LATE_AT_LEAST_S = 0.05
 _LATE_UNKNOWN_S = 1.0
 _FEW_ROWS = 64
+_PATIENCE = 2.0
+"""Rather than one server that takes more than so many times as long as others, several are asked."""
 
 
 @dataclass(eq=False)
@@ -44,7 +46,7 @@ class Gathering:
 
     def ask(self, hosts: Sequence[ExpertChoice]) -> list[Ask]:
         """Whom to ask for what nobody is being asked for."""
-        return self._begin(assign_experts(self.hopeless, hosts).by_peer)
+        return self._begin(assign_experts(self.hopeless, hosts, patience=_PATIENCE).by_peer)
 
     def answered(self, ask: Ask) -> frozenset[int]:
         """An answer has come; what of it was still missing."""
@@ -63,7 +65,7 @@ class Gathering:
             return []
         asked = {one.peer_id for one in self._asks if one.experts & ask.experts}
         others = [host for host in hosts if host.peer_id not in asked]
-        return self._begin(assign_experts(ask.experts & self._missing, others).by_peer)
+        return self._begin(assign_experts(ask.experts & self._missing, others, patience=_PATIENCE).by_peer)
 
     def _begin(self, assigned: dict[str, frozenset[int]]) -> list[Ask]:
         asks = [Ask(peer_id, experts) for peer_id, experts in assigned.items()]

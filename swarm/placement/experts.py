@@ -157,12 +157,13 @@ class _Choice:
     def take(self, wanted: Flags, *, neediest_first: bool = False) -> None:
         """Of these, as many as fit, block by block."""
         wanted = wanted & self._coverage.exists
-        need = np.where(wanted, self._needs, 0.0).sum(1) / np.maximum(wanted.sum(1), 1)
+        most_needed = np.cumsum(-np.sort(-np.where(wanted, self._needs, 0.0), axis=1), axis=1)
         while True:
             offered = wanted.sum(1)
             fit = np.minimum(offered, max(self._free_bytes, 0) // self._expert_bytes)
             if not fit.any():
                 return
+            need = most_needed[np.arange(len(fit)), fit - 1] / np.maximum(fit, 1)
             block = self._next_block(offered, fit, need, neediest_first)
             among, own = np.flatnonzero(wanted[block]), np.flatnonzero(self.mine[block])
             pairs = self._demand.pairs(block, self._coverage.model_shape[block])

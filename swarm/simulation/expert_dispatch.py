@@ -30,7 +30,8 @@ def dispatches_per_token(hosts: Collection[ExpertHost], activations: Activations
 def dispatch(hosts: Collection[ExpertHost], activations: Activations, *, patience: float = math.inf) -> Dispatched:
     """Ask servers for everything, as layer servers do (:func:`swarm.routing.assign_experts`).
 
-    Tokens come faster than they are computed: a server answers when it has done all that it was asked before.
+    Tokens come faster than they are computed: a server answers when it has done all that it was asked before, and as
+    many rows as a token has in a block.
 
     Args:
         activations: as many tokens in each block.
@@ -38,11 +39,16 @@ def dispatch(hosts: Collection[ExpertHost], activations: Activations, *, patienc
     """
     rows_per_s = {one.peer_id: max(one.capacity, UNKNOWN_ROWS_PER_S) for one in hosts}
     queue_s = dict.fromkeys(rows_per_s, 0.0)
-    hosted = {block: [(one.peer_id, one.experts.get(block, frozenset())) for one in hosts] for block in activations}
+    hosted = {
+        block: [(one.peer_id, one.experts[block]) for one in hosts if block in one.experts] for block in activations
+    }
     messages = rows = layers = 0
     for token in range(max((len(choices) for choices in activations.values()), default=0)):
         for block, choices in activations.items():
-            offers = [ExpertChoice(peer_id, experts, queue_s[peer_id]) for peer_id, experts in hosted[block] if experts]
+            offers = [
+                ExpertChoice(peer_id, experts, queue_s[peer_id] + choices.shape[1] / rows_per_s[peer_id])
+                for peer_id, experts in hosted[block]
+            ]
             by_peer = assign_experts(choices[token].tolist(), offers, patience=patience).by_peer
             for peer_id, experts in by_peer.items():
                 queue_s[peer_id] += len(experts) / rows_per_s[peer_id]
