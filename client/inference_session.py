@@ -21,12 +21,14 @@ class InferenceSession:
 
     Attributes:
         output_ids: the tokens generated so far in this session, ``[batch, length]``, or None.
+        output_mask: which of them are no padding, likewise.
     """
 
     def __init__(self, session: Session, max_length: int) -> None:
         self._session, self._loop = session, BackgroundLoop.shared()
         self.max_length = max_length
         self.output_ids: torch.Tensor | None = None
+        self.output_mask: torch.Tensor | None = None
         weakref.finalize(self, _close_later, self._loop, session)
 
     @property
@@ -39,6 +41,8 @@ class InferenceSession:
         self._session.roll_back(position)
         if self.output_ids is not None:
             self.output_ids = self.output_ids[:, : position + 1]
+        if self.output_mask is not None:
+            self.output_mask = self.output_mask[:, : position + 1]
 
     @property
     def batch(self) -> int:

@@ -212,22 +212,41 @@ class DistributedMixin(PreTrainedModel):
         """transformers' ``generate()``, with every sampler, beams, streamers, processors and criteria.
 
         Args:
-            session: go on with this session (from :meth:`inference_session`): `inputs` are only the new tokens, and
-                only new tokens are returned after them.
+            session: go on with this session (from :meth:`inference_session`): `inputs` are only the new tokens (and
+                ``attention_mask`` is of these alone), and only new tokens are returned after them.
         """
         if session is None:
             return super().generate(inputs, *args, **kwargs)
         before = session.output_ids
         if before is not None:
+            # What was generated is no padding, even if it is the token that serves as such.
+            new_mask = kwargs.pop("attention_mask", None)
+            if new_mask is None and inputs is not None:
+                new_mask = torch.ones_like(inputs)
             inputs = before if inputs is None else torch.cat([before, inputs], dim=1)
+            past = session.output_mask if session.output_mask is not None else torch.ones_like(before)
+            kwargs["attention_mask"] = past if new_mask is None else torch.cat([past, new_mask.to(past)], dim=1)
+        if kwargs.get("attention_mask") is not None:
+            session.output_mask = kwargs["attention_mask"]
         result = super().generate(inputs, *args, past_key_values=RemoteCache(session), **kwargs)
         sequences = result.sequences if isinstance(result, ModelOutput) else result
-        session.output_ids = sequences
+        session.output_ids, session.output_mask = sequences, _continued(session.output_mask, sequences)
         new = sequences[:, before.shape[1] if before is not None else 0 :]
         if isinstance(result, ModelOutput):
             result.sequences = new
             return result
         return new
+
+    def _prepare_attention_mask_for_generation(
+        self, inputs_tensor: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """What transformers takes to be padding, if nobody said; a session remembers it."""
+        mask: torch.Tensor = super()._prepare_attention_mask_for_generation(
+            inputs_tensor, generation_config, model_kwargs
+        )
+        if isinstance(cache := model_kwargs.get("past_key_values"), RemoteCache):
+            cache.session.output_mask = mask
+        return mask
 
     def _prepare_cache_for_generation(
         self,
@@ -259,6 +278,15 @@ class DistributedMixin(PreTrainedModel):
 def _distributed_class(checkpoint: Checkpoint) -> type[PreTrainedModel]:
     family = model_class_of(checkpoint.config)
     return type(f"Distributed{family.__name__}", (DistributedMixin, family), {"__module__": __name__})
+
+
+def _continued(mask: torch.Tensor | None, sequences: torch.Tensor) -> torch.Tensor | None:
+    """The mask of a prompt, continued for the `sequences` ``[batch, length]`` that were made of it, some of each."""
+    if mask is None:
+        return None
+    mask = mask.to(sequences.device).repeat_interleave(sequences.shape[0] // mask.shape[0], dim=0)
+    new = mask.new_ones(sequences.shape[0], sequences.shape[1] - mask.shape[1])
+    return torch.cat([mask, new], dim=1)
 
 
 def _mask_of_new_positions(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:

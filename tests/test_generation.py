@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import QUESTION, SmolLM2
+from tiny_models import tiny_model
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList, TextIteratorStreamer
 from transformers.generation import MaxTimeCriteria
 
@@ -209,3 +210,25 @@ def test_a_foreign_cache_is_refused_with_an_explanation(model: Any, smollm2: Smo
         model(torch.tensor([[1]]), past_key_values=local)
     with pytest.raises(ValueError, match="cache_implementation"):
         model.generate(torch.tensor([[1]]), cache_implementation="static", max_new_tokens=2)
+
+
+def test_going_on_is_the_same_however_often_one_stops_also_after_the_token_that_is_used_as_padding(
+    swarm: LocalSwarm, connect: Callable[..., Any], tiny: str
+) -> None:
+    swarm.start_server(tiny, "--blocks", "0:4", "--threads", "1")
+    model = connect(tiny)
+    padding = model.generation_config.pad_token_id
+    prompt = torch.tensor([[padding, padding, 7, 9, 11], [12, 3, 8, 21, 5]])  # the first: padded
+    options = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
+    more = torch.tensor([[padding, 44], [17, padding]])  # said, not padded
+    mask = torch.cat([prompt.ne(padding).long(), torch.ones(2, 14, dtype=torch.int64)], dim=1)
+    local = tiny_model("llama").eval()
+    first = local.generate(prompt, **options)
+    expected = local.generate(torch.cat([first, more], dim=1), attention_mask=mask[:, :19], **options)
+    with model.inference_session(max_length=64) as session:
+        assert model.generate(prompt, session=session, **options).tolist() == first.tolist()
+        parts = [model.generate(more, session=session, do_sample=False, max_new_tokens=3, min_new_tokens=3)]
+        parts += [
+            model.generate(session=session, do_sample=False, max_new_tokens=3, min_new_tokens=3) for _ in range(3)
+        ]
+    assert torch.cat(parts, dim=1)[:, -12:].tolist() == expected[:, -12:].tolist()

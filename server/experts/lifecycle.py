@@ -82,6 +82,7 @@ class ExpertServer:
         on_ready: Callable[[ExpertAnnouncement], None],
     ) -> None:
         prepared = self._prepared
+        await self._compute.run(lambda: prepared.checkpoint.model_digest)  # reads files, which loading lets go of
         announcer = Announcer(
             node, directory, self._settings.initial_peers, lambda addresses: self._announcement(node, addresses)
         )
