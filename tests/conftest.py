@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,7 @@ QUESTION = "Write three sentences about the sea."
 
 _LIVE_FIXTURES = {"swarm", "warm", "connect"}
 _LIVE_NAMES = {"LocalSwarm", "Node", "Laboratory", "subprocess"}
-"""A module that has one of them starts processes, or opens sockets."""
+"""What uses one of them starts processes, or opens sockets."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,7 +46,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _is_live(item: pytest.Item) -> bool:
     assert isinstance(item, pytest.Function)
-    return bool(_LIVE_FIXTURES & set(item.fixturenames) or _LIVE_NAMES & vars(item.module).keys())
+    if _LIVE_FIXTURES & set(item.fixturenames):
+        return True
+    fixtures = (one.func for several in item._fixtureinfo.name2fixturedefs.values() for one in several)
+    return any(_LIVE_NAMES & _names_in(function, set()) for function in (item.function, *fixtures))
+
+
+def _names_in(function: Any, seen: set[Any]) -> set[str]:
+    """The names that a function uses, and those that functions and classes of its own module use on its behalf."""
+    function = inspect.unwrap(function)
+    functions = [one for one in vars(function).values() if inspect.isfunction(one)] if inspect.isclass(function) else []
+    codes = [one.__code__ for one in (functions or [function]) if inspect.isfunction(one)]
+    names: set[str] = set()
+    while codes:
+        code = codes.pop()
+        names.update(code.co_names)
+        codes += [one for one in code.co_consts if inspect.iscode(one)]
+    module = sys.modules.get(function.__module__)
+    for name in set(names):
+        used = getattr(module, name, None)
+        if getattr(used, "__module__", None) == function.__module__ and used not in seen:
+            seen.add(used)
+            names |= _names_in(used, seen)
+    return names
 
 
 def obey_ctrl_c() -> None:

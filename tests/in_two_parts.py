@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
             live = subprocess.call([*pytest, "--part", "live"])
             while others.poll() is None:
                 print("waiting for the tests without processes of their own", file=sys.stderr, flush=True)
-                with_patience(others)
+                _wait_a_while(others)
         finally:
             others.terminate()
             others.wait()
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
     return live or others.returncode
 
 
-def with_patience(process: subprocess.Popen[bytes]) -> None:
+def _wait_a_while(process: subprocess.Popen[bytes]) -> None:
     """Wait for its end, but no longer than until something should be said."""
     until = time.monotonic() + _TELL_EVERY_S
     while process.poll() is None and time.monotonic() < until:
