@@ -1,0 +1,1 @@
+"""The health dashboard: what a swarm looks like from outside, now and over the last month."""
