@@ -9,8 +9,9 @@ the same swarm. One computing thread each; the two take turns.
 - `…_N_servers` and `…_lan`, `…_wan`: the same with N servers on loopback, and with two on hosts of the laboratory
   (`tests.netlab`), 0.25 and 10 ms away one way; `whole_…` is the peer there. `decode_16` is one step of 16 sequences,
   `prefill` a prompt of 512 tokens.
-- `memory_over_weights`: what the largest process holds more than a server of one expert of each block, over the weights
-  that it holds more (of experts, or blocks, and KV cache).
+- `memory_over_weights`: what a server of half the experts holds, once it has loaded them, beyond what any server of
+  experts does (that of one expert of each block, less its weights), over its weights; `working_mib_experts`: what it
+  holds more after all that it did here, prompts and 16 sequences at once included.
 - `messages_per_token`, `bytes_per_token`: calls of servers of experts, and tensors there and back, one user's decode.
 - `failover_pause_p50_s`: the longest gap between two tokens when a server of experts is killed (SIGKILL) in the middle
   of an answer and another one hosts the same; median.
@@ -162,9 +163,12 @@ def _on_loopback(
 ) -> dict[str, Any]:
     report.progress(f"{count} servers of experts on loopback")
     with LocalSwarm() as swarm, _ways(swarm, model, count) as (whole, apart):
-        figures = _speeds(whole, apart, f"{count}_servers", prompt, text, before, report)
+        experts = swarm.servers[2]
+        figures = _memory(swarm, model, whole, apart) if count == 2 else {}
+        loaded = _resident(experts)
+        figures |= _speeds(whole, apart, f"{count}_servers", prompt, text, before, report)
         if count == 2:
-            figures |= _memory(swarm, model, whole, apart)
+            figures["working_mib_experts"] = (_resident(experts) - loaded) / _MIB
     return {**figures, **_messages(model, count, prompt)}
 
 

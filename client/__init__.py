@@ -9,10 +9,12 @@ from swarm.client.inference_session import InferenceSession
 from swarm.client.model import AutoDistributedModelForCausalLM, DistributedMixin
 from swarm.client.network import Network
 from swarm.client.remote_layers import RemoteCache
+from swarm.client.sampling import Sampling
 from swarm.client.session import Recovery
 from swarm.client.settings import ClientSettings
+from swarm.client.token_streams import Token, TokenStreams
 
 __all__ = [
     "AutoDistributedModelForCausalLM", "ClientSettings", "DistributedMixin", "InferenceSession", "Network", "Recovery",
-    "RemoteCache",
+    "RemoteCache", "Sampling", "Token", "TokenStreams",
 ]  # fmt: skip

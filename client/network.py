@@ -35,6 +35,11 @@ class Network:
             raise
         return cls(node, directory, settings)
 
+    @property
+    def peer_id(self) -> str:
+        """Of this client."""
+        return self._node.peer_id
+
     def session(self, checkpoint: Checkpoint, dtype: str, max_length: int) -> Session:
         """A new session on `checkpoint`; servers are contacted with its first step.
 

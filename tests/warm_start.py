@@ -182,7 +182,8 @@ def _tell_who_ended(control: socket.socket) -> None:
 def main() -> None:
     """Import, and then be forked."""
     programs = {name: importlib.import_module(name) for name in PROGRAMS}
-    importlib.import_module("swarm.commands.bootstrap")
+    for name in ("swarm.commands.bootstrap", "swarm.api.app"):
+        importlib.import_module(name)
     program, arguments = _serve(socket.socket(fileno=int(sys.argv[1])))
     sys.argv = [program, *arguments]
     sys.exit(programs[program].main())

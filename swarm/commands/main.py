@@ -12,6 +12,7 @@ from swarm.commands.output import Output, add_output_arguments, run_command
 _COMMANDS = {
     "demo": "a swarm on this machine: it answers a prompt while one of its servers is killed",
     "generate": "continue a prompt on a swarm",
+    "api": "serve models of a swarm to tools that speak OpenAI's, Anthropic's or Ollama's API, and a chat page",
     "chat": "talk to a model on a swarm",
     "status": "which blocks of a model are hosted, and by whom",
     "bootstrap": "run a peer through which others find each other",
