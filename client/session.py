@@ -57,6 +57,8 @@ _VIEW_AGE_IN_RECOVERY_S = 30.0
 _LOOK_AFTER_S = 2.0
 _SEND_AGAIN_S = 20.0
 """A step that nobody has answered for so long, though all servers are alive, is sent once more."""
+_STUCK_S = 300.0
+"""After so long it is given to other servers, and after as long again given up. Long prompts come back in pieces."""
 _BYTES_PER_NUMBER = 4
 _MIN_CHUNK, _CHUNKS = 64, 16
 """Prefill travels in pieces, so that all servers of a route work at once."""
@@ -118,6 +120,7 @@ class Session:
         self._better_way = False
         self._next_reroute = time.monotonic()
         self._step_begun = self._last_progress = self._last_sent_again = 0.0  # time.monotonic()
+        self._left_as_stuck = False  # in the step that is under way
         self._closed = False
         self.recoveries: list[Recovery] = []
         self.last_step = StepTiming(0.0, ())
@@ -186,6 +189,7 @@ class Session:
             self._looking_after = self._errand(self._look_after())
         self._max_length = max(self._max_length, self._position + count)
         self._new_positions = count
+        self._left_as_stuck = False
         if self._better_way:
             self._reroute()
         old_batch, self._batch = self._batch, batch
@@ -496,9 +500,27 @@ class Session:
             self._do(self._machine.look_for_standbys())
             await self._look_for_a_better_way()
             now = time.monotonic()
-            if self._awaited and now - max(self._last_progress, self._last_sent_again) > _SEND_AGAIN_S:
+            if not self._awaited or not (self._search is None or self._search.done()):
+                continue
+            if now - self._last_progress > _STUCK_S:
+                self._leave_stuck_servers(now)
+            elif now - max(self._last_progress, self._last_sent_again) > _SEND_AGAIN_S:
                 self._last_sent_again = now
                 self._do(self._machine.send_again())
+
+    def _leave_stuck_servers(self, now: float) -> None:
+        """They answer pings and nothing else. Which one it is, nobody can tell: others are asked, once."""
+        error = RemoteError(f"nothing came of a step for {_STUCK_S:g} s, although it answers pings")
+        peers = [place.peer_id for place in self._machine.places]
+        for peer_id in peers:
+            self._view.penalize(peer_id, error)
+        if self._left_as_stuck:
+            self._fail(NoRoute(f"Servers of {self._checkpoint.name} do not get on: {error} ({', '.join(peers)})."))
+            return
+        logger.info("leaving %s: %s", ", ".join(peers), error)
+        self._left_as_stuck, self._last_progress = True, now
+        self._do(self._machine.close())
+        self._do(self._machine.send_again())  # which begins by looking for a whole route
 
     def _note(self, replaced: Replaced) -> None:
         place, lost_at = replaced.place, replaced.lost_at
