@@ -73,7 +73,8 @@ def _answered(page: Page, expected: str, count: int = 1) -> None:
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text)  # Markdown's marks are gone on the page
+    """Markdown's marks and the numbers of lists are no text on the page."""
+    return re.findall(r"\w+", re.sub(r"^ *\d+[.)] ", "", text, flags=re.MULTILINE))
 
 
 def _greedy(smollm2: SmolLM2, *contents: str) -> str:
