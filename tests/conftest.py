@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import signal
 import subprocess
 import sys
@@ -15,10 +16,12 @@ from typing import Any
 import hypothesis  # noqa: F401  (CPython 3.11.7 cannot compile it as late as pytest's summary, where its plugin imports it)
 import pytest
 import torch
+from in_two_parts import SHARED_HOME
 from tiny_models import save_tiny_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from warm_start import WarmLoopback
 
+from swarm.cache_directory import cache_directory, fill_directory_atomically
 from swarm.client import AutoDistributedModelForCausalLM
 from swarm.commands.local_swarm import LocalSwarm
 from swarm.models import Checkpoint, open_checkpoint
@@ -78,9 +81,9 @@ def obey_ctrl_c() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def swarm_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Everything that Swarm keeps goes to a temporary directory; child processes inherit it."""
+    """What Swarm keeps goes to a temporary directory; child processes inherit it, and both parts share it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SWARM_HOME", str(tmp_path_factory.mktemp("swarm-home")))
+        patch.setenv("SWARM_HOME", os.environ.get(SHARED_HOME) or str(tmp_path_factory.mktemp("swarm-home")))
         torch.set_num_threads(1)
         yield
 
@@ -139,9 +142,13 @@ class SmolLM2:
 
 @pytest.fixture(scope="session")
 def smollm2(swarm_home: None) -> SmolLM2:
-    """SmolLM2-135M-Instruct, loaded by transformers alone."""
+    """SmolLM2-135M-Instruct, loaded by transformers alone, which needs half a minute for it once."""
     checkpoint = open_checkpoint("smollm2")
-    return SmolLM2(checkpoint, load_whole_model(checkpoint), checkpoint.tokenizer())
+    kept = cache_directory("reference")
+    if not (kept / "config.json").exists():
+        fill_directory_atomically(kept, load_whole_model(checkpoint).save_pretrained)
+    whole = AutoModelForCausalLM.from_pretrained(kept, dtype=torch.float32).eval()
+    return SmolLM2(checkpoint, whole, checkpoint.tokenizer())
 
 
 @pytest.fixture(scope="session")

@@ -12,18 +12,25 @@ import sys
 import tempfile
 import time
 
+SHARED_HOME = "SWARM_TESTS_HOME"
+"""The environment variable that names the directory where both keep what is computed once."""
 _TELL_EVERY_S = 30.0
 
 
 def main(arguments: list[str]) -> int:
     """Returns 0 if all tests of both parts passed."""
     pytest = [sys.executable, "-m", "pytest", *arguments]
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryDirectory(prefix="swarm-tests-") as home:
+        environment = {**os.environ, SHARED_HOME: home}
         others = subprocess.Popen(
-            [*pytest, "--part", "others"], stdout=said, stderr=subprocess.STDOUT, preexec_fn=lambda: os.nice(19)
+            [*pytest, "--part", "others"],
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            preexec_fn=lambda: os.nice(19),
         )
         try:
-            live = subprocess.call([*pytest, "--part", "live"])
+            live = subprocess.call([*pytest, "--part", "live"], env=environment)
             while others.poll() is None:
                 print("waiting for the tests without processes of their own", file=sys.stderr, flush=True)
                 _wait_a_while(others)

@@ -215,3 +215,19 @@ def test_only_clients_who_ask_for_quantized_weights_use_them(
     quantize_linears(local.model.layers, "int8")
     local.lm_head = LinearWithCopy(local.lm_head, quantized_head(local.lm_head))
     assert ids.tolist() == local.generate(**options).tolist()
+
+
+@pytest.mark.parametrize("exponent", [-38, -6, 0, 6])
+def test_what_is_compiled_gives_the_same_bits(exponent: int) -> None:
+    rows = states(5, 96) * 10.0**exponent
+    rows[3] = 0
+    compiled, usual = int8.RowBytes.compiled(rows), int8.RowBytes.of(rows)
+    assert torch.equal(compiled.bytes_, usual.bytes_)
+    assert torch.equal(compiled.scale, usual.scale)
+    levels = int8.Int8Levels.of(states(64, 96, seed=2))
+    kernels = {kernel.name: kernel for kernel in int8.KERNELS}
+    products = [
+        kernels[name].multiply(usual.bytes_, *kernels[name].arrange(levels)) for name in ("compiled", "floats", "rows")
+    ]
+    assert torch.equal(products[0], products[1])
+    assert torch.equal(products[0], products[2])

@@ -15,8 +15,12 @@ def load_whole_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -
     precision = dtype or checkpoint.default_dtype
     with quiet_transformers():
         if isinstance(checkpoint.files, GgufFile):
+            # The configuration is transformers' own, too: given, it need not be read from the file once more (8 s).
             model = AutoModelForCausalLM.from_pretrained(
-                checkpoint.location.parent, gguf_file=checkpoint.location.name, dtype=precision
+                checkpoint.location.parent,
+                gguf_file=checkpoint.location.name,
+                dtype=precision,
+                config=checkpoint.config,
             )
         else:
             model = AutoModelForCausalLM.from_pretrained(checkpoint.location, dtype=precision)

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from swarm.models.packed_linear import multiply_rounded
+from swarm.models.quantization.compiled import MOST_INPUTS, multiply_bytes, split_into_bytes
 from swarm.models.quantization.groups import multiply_by_chunks
 from swarm.models.quantization.kernels import Kernel, Trial, fastest, sampled_outputs
 
@@ -90,7 +91,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """``[…, inputs]`` to ``[…, outputs]``, in the precision given."""
-        rows = self._memory.bytes_of(hidden_states)
+        rows = self._memory.bytes_of(hidden_states, compiled=isinstance(self._kernel, _Compiled))
         low, high = self._kernel.multiply(rows.bytes_, self.weight, self.scale).chunk(2)
         product = torch.add(low, high, alpha=256).mul_(rows.scale)
         if self.bias is not None:
@@ -132,6 +133,11 @@ class RowBytes:
         two = levels.view(torch.uint8).view(*rows.shape, 4)[..., _BYTES].movedim(-1, 0)
         return cls(two.reshape(-1, rows.shape[1]), largest.div_(_LEVELS))
 
+    @classmethod
+    def compiled(cls, rows: torch.Tensor) -> Self:
+        """The same, in one operation, on a CPU."""
+        return cls(*split_into_bytes(rows, _MIDDLE, _LEVELS, _SMALLEST))
+
 
 class BytesOfLast:
     """The bytes of the last hidden states: layers that are fed with the same ones (query, key, value) share them."""
@@ -139,12 +145,17 @@ class BytesOfLast:
     def __init__(self) -> None:
         self._last: tuple[weakref.ref[torch.Tensor], RowBytes] | None = None
 
-    def bytes_of(self, hidden_states: torch.Tensor) -> RowBytes:
-        """Of ``[…, inputs]``, row by row. Several threads may ask at a time."""
+    def bytes_of(self, hidden_states: torch.Tensor, *, compiled: bool = False) -> RowBytes:
+        """Of ``[…, inputs]``, row by row. Several threads may ask at a time.
+
+        Args:
+            compiled: with what numba compiles: it has been started anyway.
+        """
         last = self._last
         if last is not None and last[0]() is hidden_states:
             return last[1]
-        made = RowBytes.of(hidden_states.reshape(-1, hidden_states.shape[-1]).float())
+        make = RowBytes.compiled if compiled else RowBytes.of
+        made = make(hidden_states.reshape(-1, hidden_states.shape[-1]).float())
         self._last = weakref.ref(hidden_states), made
         return made
 
@@ -253,7 +264,19 @@ class _InFloats(_ByRows):
         return product.mul_(scale)
 
 
-KERNELS: Sequence[Kernel[Int8Levels]] = (_Packed(), _ByColumns(), _ByRows(), _InFloats())
+class _Compiled(_ByRows):
+    """Compiled for this processor by numba."""
+
+    name = "compiled"
+
+    def multiply(self, rows: torch.Tensor, *arranged: torch.Tensor) -> torch.Tensor:
+        weight, scale = arranged
+        if weight.shape[1] > MOST_INPUTS:
+            raise RuntimeError(f"sums of {weight.shape[1]} products do not fit into 32 bits")
+        return multiply_bytes(rows, weight, scale)
+
+
+KERNELS: Sequence[Kernel[Int8Levels]] = (_Packed(), _ByColumns(), _ByRows(), _Compiled(), _InFloats())
 CUDA_KERNELS: Sequence[Kernel[Int8Levels]] = (_Bitsandbytes(), _InFloats())
 
 
