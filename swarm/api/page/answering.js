@@ -11,7 +11,8 @@ export class Answering {
   #changed;
 
   /**
-   * keep(chat): store it; changed(chat, answer, what): show it, `what` being "begun", "grown", "recovered" or "ended".
+   * keep(chat): store it; changed(chat, answer, what): show it, `what` being "begun", "grown" (its text), "routed",
+   * "recovered" (routed, and a server was lost) or "ended".
    */
   constructor(keep, changed) {
     this.#keep = keep;
@@ -49,8 +50,7 @@ export class Answering {
       const parts = answerParts(answer.model, requestMessages(chat, settings.systemPrompt), settings, abort.signal);
       const begun = performance.now();
       for await (const part of parts) {
-        const recovered = this.#take(answer, part, begun);
-        this.#changed(chat, answer, recovered ? "recovered" : "grown");
+        this.#changed(chat, answer, this.#take(answer, part, begun));
         if (performance.now() - keptAt > KEEP_EVERY_MS) {
           keptAt = performance.now();
           this.#keep(chat);
@@ -67,7 +67,7 @@ export class Answering {
     }
   }
 
-  /** Whether it tells of a recovery. */
+  /** Returns what has changed. */
   #take(answer, part, begun) {
     answer.waiting = part.waiting ?? false;
     if (part.text) answer.content += part.text;
@@ -76,10 +76,10 @@ export class Answering {
       answer.usage = part.usage;
       answer.seconds = (performance.now() - begun) / 1000;
     }
-    if (!part.route) return false;
+    if (!part.route) return "grown";
     const recovered = part.route.recoveries > (answer.route?.recoveries ?? 0);
     answer.route = withReplacements(part.route, answer.route);
-    return recovered;
+    return recovered ? "recovered" : "routed";
   }
 
   #fail(answer, error) {

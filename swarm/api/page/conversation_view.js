@@ -36,6 +36,18 @@ export class ConversationView {
     });
   }
 
+  /** The answer that grew has ended. */
+  end(answer) {
+    if (this.#live?.answer !== answer) return;
+    const { article, markdown, waiting } = this.#live;
+    this.#live = null;
+    markdown.show(answer.content);
+    waiting.remove();
+    article.removeAttribute("aria-busy");
+    article.classList.replace("running", answer.state);
+    this.#complete(article, answer, true);
+  }
+
   /** Let the user change the last question. Returns whether there is one. */
   editLast() {
     const button = [...this.#root.querySelectorAll(".edit-question")].at(-1);
@@ -70,17 +82,18 @@ export class ConversationView {
     if (running) {
       const waiting = element("p", { class: "waiting" }, waitingWords(answer));
       article.append(waiting);
-      this.#live = { answer, markdown, waiting };
-      return article;
-    }
-    const isLast = index === this.#chat.messages.length - 1;
+      this.#live = { answer, article, markdown, waiting };
+    } else this.#complete(article, answer, index === this.#chat.messages.length - 1);
+    return article;
+  }
+
+  #complete(article, answer, isLast) {
     if (answer.error) article.append(this.#failure(answer.error));
     const actions = element("div", { class: "actions" });
     if (answer.content) actions.append(copyButton("Copy", () => answer.content));
-    if (isLast) actions.append(iconButton("Answer again", ICONS.again, () => this.#actions.again()));
+    if (isLast && !answer.error) actions.append(iconButton("Answer again", ICONS.again, () => this.#actions.again()));
     actions.append(element("span", { class: "figures" }, figuresOf(answer)));
     article.append(actions);
-    return article;
   }
 
   #failure({ message, status, retryAfterS }) {

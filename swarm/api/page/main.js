@@ -125,24 +125,24 @@ function start(answer) {
 function answerChanged(chat, answer, what) {
   if (what === "begun") keep(chat);
   if (what === "begun" || what === "ended") showList();
-  if (chat !== current) return;
-  if (what === "begun" || what === "ended") {
+  if (chat !== current || answer !== chat.messages.at(-1)) return; // not shown, or replaced meanwhile
+  if (what === "begun") {
     conversation.show(chat);
     byId("welcome").hidden = true;
-    showState();
-    if (what === "begun") end.jump();
-    else end.follow();
-    say(what === "begun" ? "" : endWords(answer));
-  } else conversation.grow(answer, end.follow);
-  route.show(answer);
-  if (what === "recovered") {
-    route.flash();
-    say(recoverySentence(answer.route.recoveries));
-  }
+    end.jump();
+  } else if (what === "ended") conversation.end(answer);
+  else conversation.grow(answer, end.follow);
+  if (what !== "grown") route.show(answer);
+  if (what === "recovered") route.flash();
+  if (what === "begun" || what === "ended") showState();
+  if (what !== "grown") end.follow();
+  say(statusWords(what, answer));
 }
 
-function endWords({ state }) {
-  return { stopped: "Stopped.", failed: "The answer failed." }[state] ?? "The answer is complete.";
+function statusWords(what, { state, route }) {
+  if (what === "recovered") return recoverySentence(route.recoveries);
+  if (what === "ended") return { stopped: "Stopped.", failed: "The answer failed." }[state] ?? "The answer is complete.";
+  return what === "begun" ? "" : byId("status").textContent;
 }
 
 function showState() {
@@ -156,7 +156,7 @@ function showState() {
 }
 
 function say(words) {
-  byId("status").textContent = words;
+  if (byId("status").textContent !== words) byId("status").textContent = words;
 }
 
 // Models.
@@ -209,7 +209,7 @@ question.addEventListener("keydown", (event) => {
 });
 
 document.addEventListener("keydown", (event) => {
-  if (document.querySelector("dialog[open]")) return;
+  if (document.querySelector("dialog[open]") || event.isComposing) return;
   if (event.key === "Escape" && !side.close()) answering.stop(current.id);
   if (event.code === "KeyO" && event.shiftKey && (event.ctrlKey || event.metaKey)) {
     event.preventDefault();
@@ -245,7 +245,8 @@ window.addEventListener("pagehide", () => answering.chats().forEach(keep));
 store?.onChangeElsewhere(async () => {
   const mine = answering.chats();
   chats = new Map([...(await store.all()), ...mine].map((chat) => [chat.id, chat]));
-  if (chats.has(current.id) && !answering.isRunning(current.id)) showChat(current.id);
+  const now = chats.get(current.id);
+  if (now && !answering.isRunning(now.id) && JSON.stringify(now) !== JSON.stringify(current)) showChat(now.id);
   showList();
 });
 

@@ -27,10 +27,11 @@ export function settingsDialog(settings, changed) {
   const dialog = document.getElementById("settings");
   const form = dialog.querySelector("form");
   const { temperature } = form.elements;
-  const shown = form.querySelector("output");
+  const shown = form.querySelector(".value");
   const showTemperature = () => {
     const value = Number(temperature.value);
-    shown.value = value === 0 ? "0 · always the likeliest word" : value.toFixed(1);
+    shown.textContent = value === 0 ? "0: always the likeliest word" : value.toFixed(1);
+    temperature.setAttribute("aria-valuetext", shown.textContent);
   };
   temperature.addEventListener("input", showTemperature);
   form.addEventListener("submit", () => {
