@@ -7,6 +7,7 @@ process has in memory, and of its very start, use ordinary child processes.
 from __future__ import annotations
 
 import array
+import atexit
 import contextlib
 import importlib
 import json
@@ -186,7 +187,14 @@ def main() -> None:
         importlib.import_module(name)
     program, arguments = _serve(socket.socket(fileno=int(sys.argv[1])))
     sys.argv = [program, *arguments]
-    sys.exit(programs[program].main())
+    try:
+        code = programs[program].main()
+    except SystemExit as leaving:
+        code = leaving.code
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))  # undoing all that was imported takes a second
 
 
 if __name__ == "__main__":
