@@ -146,7 +146,10 @@ def smollm2(swarm_home: None) -> SmolLM2:
     checkpoint = open_checkpoint("smollm2")
     kept = cache_directory("reference")
     if not (kept / "config.json").exists():
-        fill_directory_atomically(kept, load_whole_model(checkpoint).save_pretrained)
+        # What comes from a GGUF file cannot be saved as it is.
+        plain = AutoModelForCausalLM.from_config(checkpoint.config, dtype=torch.float32)
+        plain.load_state_dict(load_whole_model(checkpoint).state_dict())
+        fill_directory_atomically(kept, plain.save_pretrained)
     whole = AutoModelForCausalLM.from_pretrained(kept, dtype=torch.float32).eval()
     return SmolLM2(checkpoint, whole, checkpoint.tokenizer())
 
