@@ -129,6 +129,12 @@ class Directory:
         self._forget(now)
         return present
 
+    async def ping(self, peer_id: str) -> float | None:
+        """Seconds of a round trip to another peer's part of the DHT; None: it did not answer within 2 s."""
+        begun = time.perf_counter()
+        answered = await self.dht.protocol.call_ping(PeerID.from_base58(peer_id), strict=False)
+        return time.perf_counter() - begun if answered is not None else None
+
     def is_alone(self) -> bool:
         """Whether this node has lost sight of all others."""
         return not self.dht.protocol.routing_table.peer_id_to_uid

@@ -1,8 +1,8 @@
 """Which servers each block and each expert of a model has, and how many deaths that survives. Pure.
 
-A server of blocks that lacks some routed experts is of use only while every expert that it lacks is hosted by some server
-of experts. So a block falls when all servers that have all of its experts themselves are gone, and besides either all those
-that lack some, or all hosts of one that is lacking.
+A server of blocks that lacks some routed experts is of use only while every expert that it lacks is hosted by some
+server of experts. So a block falls when all servers that have all of its experts themselves are gone, and besides
+either all those that lack some, or all hosts of one that is lacking.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Coverage:
     copies: Counts
     """By block: servers that host it, whether or not experts are missing."""
     survives: int | None
-    """So many servers, whichever they are, can die at once and every block still has one that can compute it. Where servers
-    keep different experts of the same block themselves it may be more. None: some block has none now."""
+    """So many servers, whichever they are, can die at once and every block still has one that can compute it. Where
+    servers keep different experts of the same block themselves it may be more. None: some block has none now."""
     uncovered: tuple[int, ...]
     """Blocks without any server."""
     expert_copies: Mapping[int, Counts] = field(default_factory=dict)

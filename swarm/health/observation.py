@@ -15,7 +15,7 @@ class Probe:
     at: float
     """Unix time."""
     issued_at: float
-    """When the announcement had been issued, by the server's clock, that was known then: a later one is a sign of life."""
+    """When the announcement known then had been issued, by the server's clock: a later one is a sign of life."""
     rtt_s: float | None = None
     """Seconds of a round trip; None: no answer."""
     refused: bool = False

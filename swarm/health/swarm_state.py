@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from swarm.dht import LEASE_S, Announcement, ExpertAnnouncement, State
+from swarm.dht.expert_announcement import experts_in
 from swarm.health.model_facts import ModelFacts, agreed_facts
 from swarm.health.observation import Observation, Probe
 
@@ -202,6 +203,5 @@ def fewest_copies(hosted: Announcement | ExpertAnnouncement, records: Iterable[S
     counts = []
     for block, bitmap in hosted.bitmaps.items():
         others = [int.from_bytes(one.get(block, b""), "little") for one in bitmaps]
-        bits = int.from_bytes(bitmap, "little")
-        counts += [sum(one >> expert & 1 for one in others) for expert in range(bits.bit_length()) if bits >> expert & 1]
+        counts += [sum(one >> expert & 1 for one in others) for expert in experts_in(bitmap)]
     return min(counts)

@@ -3,12 +3,12 @@
 - **broken**: some block has no server that takes part, or none that can get all of its experts. Who joins is no server
   yet, who died or left is none any more; one that drains or cannot be reached from here is still one.
 - **degraded**: it is not broken, and
-  - a server died less than 10 minutes ago, has not come back, and some block (or expert) that it hosted has fewer servers
-    now than it had before; or
+  - a server died less than 10 minutes ago, has not come back, and some block (or expert) that it hosted has fewer
+    servers now than it had before; or
   - some block has only servers that drain or cannot be reached from here; or
   - some server lacks an expert that nobody hosts.
-- **healthy**: else. A model with a single server for every block is healthy; that it survives no death is a figure of its
-  own.
+- **healthy**: else. A model with a single server for every block is healthy; that it survives no death is a figure of
+  its own.
 """
 
 from __future__ import annotations
