@@ -6,6 +6,7 @@ nothing: who wants to know what a model's servers do now looks these up under th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Self
 
 import msgpack
@@ -67,7 +68,7 @@ class ModelListing(BaseModel):
             raise ValueError(f"not a listing: {error}") from error
 
 
-def expert_runs(counts: dict[int, int]) -> tuple[tuple[int, int, int], ...]:
+def expert_runs(counts: Mapping[int, int]) -> tuple[tuple[int, int, int], ...]:
     """As :attr:`ModelListing.experts` from experts by block; what exceeds its limit is left out."""
     runs: list[tuple[int, int, int]] = []
     for block, count in sorted(counts.items()):

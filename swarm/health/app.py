@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -45,16 +45,17 @@ _PUBLIC = {"Access-Control-Allow-Origin": "*", "Cache-Control": "no-cache", "Var
 _KEEP_ALIVE_S = 15.0
 
 
+_Responses = dict[int | str, dict[str, Any]]
+
+
 class Failure(BaseModel):
     """What went wrong."""
 
     detail: str
 
 
-_NOT_FOUND = {404: {"model": Failure, "description": "It is not known here."}}
-_BAD = {400: {"model": Failure, "description": "A parameter is out of its range."}}
-
-ModelId = Annotated[str, Query(max_length=128)]
+_NOT_FOUND: _Responses = {404: {"model": Failure, "description": "It is not known here."}}
+_BAD: _Responses = {400: {"model": Failure, "description": "A parameter is out of its range."}}
 
 
 def health_app(board: Board, history: History) -> FastAPI:

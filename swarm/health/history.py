@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from swarm.errors import DiskError
 from swarm.health.incidents import Incident, Kind
@@ -239,7 +239,7 @@ class History:
         )
         return PeerPast(*rows[0]) if rows else None
 
-    def _read(self, query: str, values: Sequence[object]) -> list[tuple[object, ...]]:
+    def _read(self, query: str, values: Sequence[object]) -> list[Any]:
         try:
             with self._lock:
                 return self._database.execute(query, values).fetchall()

@@ -35,7 +35,8 @@ def agreed_facts(
     blocks: dict[str, Counter[int]] = {}
     names: dict[str, Counter[str]] = {}
     experts: dict[str, Counter[tuple[tuple[int, int, int], ...]]] = {}
-    for one in (*spans, *listings):
+    everybody: list[Announcement | ModelListing] = [*spans, *listings]
+    for one in everybody:
         blocks.setdefault(one.model, Counter())[one.num_blocks] += 1
         if name := shown_model_name(one.model_name):
             names.setdefault(one.model, Counter())[name] += 1

@@ -106,12 +106,16 @@ def model_detail(snapshot: Snapshot, model: str) -> ModelDetailView | None:
 def server_view(record: ServerRecord) -> ServerView:
     """One server of one model."""
     said = record.announcement
+    start: int | None = None
+    end: int | None = None
+    free: int | None = None
+    steps: float | None = None
+    rows: float | None = None
+    experts: dict[int, int] = {}
     if isinstance(said, Announcement):
-        start, end, experts = said.start, said.end, {}
-        precision, steps, rows = said.precision, said.throughput, None
-        sessions, free, moves = said.sessions, said.free_kv_tokens, said.moves
+        start, end, free, moves = said.start, said.end, said.free_kv_tokens, said.moves
+        precision, steps, sessions = said.precision, said.throughput, said.sessions
     else:
-        start = end = steps = free = None
         experts = {block: sum(byte.bit_count() for byte in bitmap) for block, bitmap in sorted(said.bitmaps.items())}
         precision, rows, sessions, moves = said.dtype, said.rows_per_s, said.calls_under_way, 0
     return ServerView.model_construct(  # checked already: strangers' fields by the announcement's schema
@@ -160,9 +164,11 @@ def headline(models: Sequence[ModelView], note: str, *, is_first_look: bool) -> 
         if len(models) == 1:
             return f"{models[0].name} is healthy."
         return f"{'Both' if len(models) == 2 else f'All {len(models)}'} models are healthy."
+    others = sum(one.health is not Health.HEALTHY for one in models) - len(worst)
+    more = f", {others} more degraded" if others else ""
     if len(worst) == 1:
-        return f"{worst[0].name} is {worst[0].health}."
-    return f"{len(worst)} of {len(models)} models are {models[0].health}."
+        return f"{worst[0].name} is {worst[0].health}{more}."
+    return f"{len(worst)} of {len(models)} models are {models[0].health}{more}."
 
 
 def _model_view(facts: ModelFacts, verdict: Verdict, records: Sequence[ServerRecord], since: float) -> ModelView:

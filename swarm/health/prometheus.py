@@ -19,7 +19,7 @@ _Samples = Iterable[tuple[Mapping[str, str], float]]
 def metrics_text(overview: OverviewView) -> str:
     """Everything, as text."""
     models = overview.models
-    connected = [({}, float(overview.connection.connected))]
+    connected: _Samples = [({}, float(overview.connection.connected))]
     lines = [
         *_gauge("swarm_health_connected", "Whether the dashboard sees the swarm.", connected),
         *_gauge("swarm_health_last_look_timestamp_seconds", "Unix time of the last look.", [({}, overview.at)]),

@@ -106,10 +106,8 @@ def advance(before: SwarmState, seen: Observation, asked_for: Mapping[str, Model
     Args:
         asked_for: models that are shown whether anybody hosts them or not, by digest.
     """
-    said = {
-        ServerKey(one.model, one.peer_id, isinstance(one, ExpertAnnouncement)): one
-        for one in (*seen.spans, *seen.experts)
-    }
+    everybody: list[Announcement | ExpertAnnouncement] = [*seen.spans, *seen.experts]
+    said = {ServerKey(one.model, one.peer_id, isinstance(one, ExpertAnnouncement)): one for one in everybody}
     facts = agreed_facts(before.models, asked_for, seen.spans, seen.listings)
     servers = {}
     for key in before.servers.keys() | said.keys():

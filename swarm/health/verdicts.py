@@ -101,8 +101,8 @@ def _health(
         return Health.DEGRADED, f"The hosts of experts of {name_blocks(firm.stuck)} are leaving or cannot be reached."
     copies = int(firm.copies.min())
     if firm.survives is not None and firm.survives + 1 < copies:
-        return Health.HEALTHY, f"Every block has {_servers(copies)} or more, every expert {firm.survives + 1} or more."
-    return Health.HEALTHY, f"Every block has {_servers(copies)} or more."
+        return Health.HEALTHY, f"Every block has at least {_servers(copies)}, every expert {firm.survives + 1}."
+    return Health.HEALTHY, f"Every block has at least {_servers(copies)}."
 
 
 def _uncovered_sentence(facts: ModelFacts, records: Sequence[ServerRecord], any_: Coverage) -> str:

@@ -4,7 +4,7 @@ import { h } from "./dom.js";
 import { hourAndMinute, plural, rate, shortDayOf } from "./words.js";
 
 const RANGES = [[6, "6 hours"], [24, "24 hours"], [168, "7 days"], [720, "30 days"]];
-const WIDE = 600;
+const WIDE = 270;
 
 export const everyMs = 15000;
 export const title = () => "History";
@@ -14,7 +14,7 @@ export function view(data, context, ui) {
   const chosen = ui.hours ?? 24;
   return [
     h("h1", {}, "History"),
-    h("p", { class: "tools" }, RANGES.map(([hours, name]) => h("button", { type: "button", "data-hours": hours, "aria-pressed": String(hours === chosen) }, name))),
+    h("p", { class: "tools ranges" }, RANGES.map(([hours, name]) => h("button", { type: "button", "data-hours": hours, "aria-pressed": String(hours === chosen) }, name))),
     data.note ? h("p", { class: "note" }, data.note) : null,
     data.models.length ? data.models.map((one) => modelSection(one, data)) : h("p", { class: "empty" }, "Nothing has been seen in this time."),
   ];
@@ -51,16 +51,16 @@ const across = (at, data) => Math.max(0, (WIDE * (at - data.begin)) / (data.end 
 function band(samples, data) {
   const rects = samples.flatMap((one) => {
     const left = across(one.at, data);
-    const width = Math.max(0.6, Math.min(across(one.at + data.interval_s, data), WIDE) - left);
+    const width = Math.max(0.3, Math.min(across(one.at + data.interval_s, data), WIDE) - left);
     let top = 0;
     return ["broken", "degraded", "healthy"].filter((state) => one[state] > 0).map((state) => {
-      const tall = 22 * one[state];
+      const tall = 24 * one[state];
       const rect = h("rect", { x: left, y: top, width, height: tall, class: `band-${state}` });
       top += tall;
       return rect;
     });
   });
-  return h("svg", { viewBox: `0 0 ${WIDE} 24`, preserveAspectRatio: "none", height: 24, role: "img", "aria-label": "Health over time" }, rects);
+  return h("svg", { viewBox: `0 0 ${WIDE} 24`, preserveAspectRatio: "none", class: "band", role: "img", "aria-label": "Health over time" }, rects);
 }
 
 function line(name, samples, key, data, latest) {

@@ -170,35 +170,29 @@ function hatch(pen, left, top, wide, tall, colour) {
   pen.restore();
 }
 
-/** Blocks by experts, coloured by how many servers of experts host each; returns what is at a point. */
-export function drawExpertMap(canvas, expertCopies) {
+/** Experts by blocks, on the block map's axis, coloured by how many servers of experts host each; returns what is at a point. */
+export function drawExpertMap(canvas, expertCopies, numBlocks) {
   const blocks = Object.keys(expertCopies).map(Number);
   const most = Math.max(...blocks.map((block) => expertCopies[block].length));
-  const labelPx = 30;
-  const width = Math.max(1, canvas.parentElement.clientWidth);
-  const cell = Math.max(2, Math.min(18, (width - labelPx) / most));
-  const tall = Math.max(4, Math.min(14, cell));
-  const [pen] = prepared(canvas, AXIS_PX + blocks.length * tall);
+  const tall = Math.max(3, Math.min(16, Math.floor(420 / most)));
+  const [pen, width] = prepared(canvas, AXIS_PX + most * tall);
   const palette = colours();
-  pen.font = `11px ${palette.font}`;
-  pen.textBaseline = "top";
-  pen.fillStyle = palette.soft;
-  const step = [1, 2, 4, 8, 16, 32, 64, 128, 256].find((one) => one * cell >= 30) ?? most;
-  for (let expert = 0; expert < most; expert += step) pen.fillText(String(expert), labelPx + expert * cell, 2);
-  blocks.forEach((block, row) => {
-    const top = AXIS_PX + row * tall;
-    if (tall >= 11 || row % Math.ceil(11 / tall) === 0) {
-      pen.fillStyle = palette.soft;
-      pen.fillText(String(block), 0, top);
-    }
+  const cell = width / numBlocks;
+  const x = (block) => Math.round(block * cell);
+  pen.save();
+  pen.translate(0, -HISTOGRAM_PX - 2);
+  drawAxis(pen, numBlocks, x, palette, cell, width);
+  pen.restore();
+  for (const block of blocks) {
+    const wide = Math.max(1, x(block + 1) - x(block) - (cell > 5 ? 1 : 0));
     expertCopies[block].forEach((copies, expert) => {
       pen.fillStyle = shade(palette, copies);
-      pen.fillRect(labelPx + expert * cell, top, cell > 4 ? cell - 1 : cell, tall > 4 ? tall - 1 : tall);
+      pen.fillRect(x(block), AXIS_PX + expert * tall, wide, tall > 4 ? tall - 1 : tall);
     });
-  });
+  }
   return (left, y) => {
-    const block = blocks[Math.floor((y - AXIS_PX) / tall)];
-    const expert = Math.floor((left - labelPx) / cell);
+    const block = Math.floor(left / cell);
+    const expert = Math.floor((y - AXIS_PX) / tall);
     const copies = expertCopies[block]?.[expert];
     return copies === undefined ? null : { block, expert, copies };
   };

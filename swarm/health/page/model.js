@@ -36,7 +36,7 @@ function expertSection({ model }) {
   const missing = experts.missing ? `, ${plural(experts.missing, "of them")} hosted by nobody` : "";
   return h("section", { class: "map" },
     h("h2", {}, "Servers by experts"),
-    h("p", { class: "quiet" }, `${count(experts.experts)} routed experts in ${plural(experts.blocks, "block")}${missing}. A row is a block, a column an expert.`),
+    h("p", { class: "quiet" }, `${count(experts.experts)} routed experts in ${plural(experts.blocks, "block")}${missing}. A column is a block, a row an expert.`),
     h("div", { class: "map-scroll", tabindex: "0", role: "region", "aria-label": "Heat map of experts" },
       h("canvas", { class: "experts", role: "img", "aria-label": `The worst expert has ${plural(experts.fewest_copies, "server")} of its own` })));
 }
@@ -54,7 +54,7 @@ export function drawn(root, data) {
   });
   const experts = root.querySelector("canvas.experts");
   if (experts && Object.keys(data.expert_copies).length) {
-    const expertAt = drawExpertMap(experts, data.expert_copies);
+    const expertAt = drawExpertMap(experts, data.expert_copies, data.model.num_blocks);
     interactive(experts, (x, y) => {
       const found = expertAt(x, y);
       return found && { text: `block ${found.block}, expert ${found.expert}: ${plural(found.copies, "server")} of experts` };

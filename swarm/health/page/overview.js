@@ -22,7 +22,10 @@ export function view(_, context) {
 
 function lede(overview) {
   const [worst] = overview.models;
-  if (worst && worst.health !== "healthy") return worst.reason;
+  if (worst && worst.health !== "healthy") {
+    const isAlone = overview.models.filter((one) => one.health === worst.health).length === 1;
+    return isAlone ? worst.reason : `${worst.name}: ${worst.reason}`;
+  }
   if (!worst) return overview.connection.connected ? "As soon as a server joins, its model appears here." : "";
   const { servers, sessions } = overview.totals;
   const weakest = Math.min(...overview.models.map((one) => one.survives ?? 0));
