@@ -10,6 +10,7 @@ from typing import TypeVar
 from swarm.dht.announcement import CLOCK_SLACK_S, LEASE_S, Announcement, State, directory_key
 from swarm.dht.expert_announcement import ExpertAnnouncement, experts_key
 from swarm.dht.keepers import records
+from swarm.dht.model_listing import LISTING_LEASE_S, MODELS_KEY, ModelListing
 from swarm.dht.own_record import OwnRecord
 from swarm.dht.validation import AnnouncementValidator
 from swarm.errors import BootstrapFailed
@@ -32,6 +33,7 @@ class Directory:
         self._latest: dict[tuple[str, str], float] = {}
         """When what was last read of each (key, peer) had been issued."""
         self._own = OwnRecord(dht, LEASE_S)
+        self._own_listing = OwnRecord(dht, LISTING_LEASE_S)
 
     @classmethod
     async def join(cls, node: Node, initial_peers: Sequence[str], *, client_only: bool = False) -> Directory:
@@ -73,18 +75,41 @@ class Directory:
         """Tell everybody that this server has left."""
         await self.announce(announcement.model_copy(update={"state": State.OFFLINE, "issued_at": time.time()}))
 
-    async def servers(self, model: str) -> list[Announcement]:
+    async def list_model(self, listing: ModelListing) -> bool:
+        """Publish that this peer hosts a model, for one (longer) lease; it replaces the previous listing.
+
+        Returns:
+            Whether at least one node of the DHT stored it.
+        """
+        return await self._own_listing.store(MODELS_KEY, listing.peer_id, listing.pack())
+
+    async def models(self) -> list[ModelListing]:
+        """What this swarm's servers say there is, one listing a server."""
+        now, listings = time.time(), []
+        for peer_id, (packed, expires_at) in (await records(self.dht, MODELS_KEY)).items():
+            try:
+                listing = ModelListing.unpack(packed)
+            except (ValueError, TypeError):
+                continue
+            if listing.peer_id == peer_id and not listing.withdrawn and expires_at >= now:
+                listings.append(listing)
+        return listings
+
+    async def servers(self, model: str, *, departed: bool = False) -> list[Announcement]:
         """The servers of `model` that have not left, newest knowledge first-hand from the DHT.
 
         Records that have run out, or that are older than one already seen from the same peer, are dropped.
+
+        Args:
+            departed: also the farewells of those that have just left; their state is OFFLINE.
         """
-        return await self._present(Announcement, directory_key(model), model)
+        return await self._present(Announcement, directory_key(model), model, departed)
 
-    async def experts(self, model: str) -> list[ExpertAnnouncement]:
+    async def experts(self, model: str, *, departed: bool = False) -> list[ExpertAnnouncement]:
         """Likewise the servers of its experts."""
-        return await self._present(ExpertAnnouncement, experts_key(model), model)
+        return await self._present(ExpertAnnouncement, experts_key(model), model, departed)
 
-    async def _present(self, kind: type[_Kind], key: str, model: str) -> list[_Kind]:
+    async def _present(self, kind: type[_Kind], key: str, model: str, departed: bool) -> list[_Kind]:
         found = await records(self.dht, key)
         now = time.time()
         present: list[_Kind] = []
@@ -99,10 +124,16 @@ class Directory:
             if issued_at > now + CLOCK_SLACK_S or issued_at < self._latest.get((key, peer_id), 0.0):
                 continue
             self._latest[key, peer_id] = issued_at
-            if announcement.state is not State.OFFLINE:
+            if departed or announcement.state is not State.OFFLINE:
                 present.append(announcement)
         self._forget(now)
         return present
+
+    async def ping(self, peer_id: str) -> float | None:
+        """Seconds of a round trip to another peer's part of the DHT; None: it did not answer within 2 s."""
+        begun = time.perf_counter()
+        answered = await self.dht.protocol.call_ping(PeerID.from_base58(peer_id), strict=False)
+        return time.perf_counter() - begun if answered is not None else None
 
     def is_alone(self) -> bool:
         """Whether this node has lost sight of all others."""

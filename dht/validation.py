@@ -1,9 +1,9 @@
-"""Sign announcements and claims, and let no record into the DHT, nor out of it, that is neither.
+"""Sign announcements, listings and claims, and let no record into the DHT, nor out of it, that is neither.
 
 hivemind calls :class:`AnnouncementValidator` on every node when a record is to be stored, and on the reader
 when one comes back. A record is valid if it is small, signed by the key from which the peer id in its subkey
-is derived, stored under the key of the model it speaks of, expires within a lease, and fits the schema that belongs to
-that key.
+is derived, stored under the key of the model it speaks of (or that of all models), expires within that key's lease, and
+fits the schema that belongs to the key.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import msgpack
 
 from swarm.dht.announcement import CLOCK_SLACK_S, LEASE_S, MAX_RECORD_BYTES, Announcement, directory_key
 from swarm.dht.expert_announcement import ExpertAnnouncement, experts_key
+from swarm.dht.model_listing import LISTING_LEASE_S, MODELS_KEY, ModelListing
 from swarm.dht.move_claim import MoveClaim, moves_key
 from swarm.transport.identity import Identity, verify
 from swarm.transport.lean_hivemind import DHTID, DHTRecord, RecordValidatorBase
@@ -46,7 +47,8 @@ class AnnouncementValidator(RecordValidatorBase):  # type: ignore[misc]
 
     def validate(self, record: DHTRecord) -> bool:
         now = time.time()
-        if not now - _EXPIRED_GRACE_S <= record.expiration_time <= now + LEASE_S + CLOCK_SLACK_S:
+        lease_s = LISTING_LEASE_S if record.key == _LISTINGS else LEASE_S
+        if not now - _EXPIRED_GRACE_S <= record.expiration_time <= now + lease_s + CLOCK_SLACK_S:
             return False
         if len(record.value) > MAX_RECORD_BYTES or max(len(record.key), len(record.subkey)) > _MAX_NAME_BYTES:
             return False
@@ -71,11 +73,14 @@ def _is_authentic(record: DHTRecord) -> bool:
     return any(_speaks_of(kind, key, packed, peer_id, record.key) for kind, key in _KINDS)
 
 
-_Kind = type[Announcement | ExpertAnnouncement | MoveClaim]
+_LISTINGS: bytes = DHTID.generate(source=MODELS_KEY).to_bytes()
+
+_Kind = type[Announcement | ExpertAnnouncement | MoveClaim | ModelListing]
 _KINDS: tuple[tuple[_Kind, Callable[[str], str]], ...] = (
     (Announcement, directory_key),
     (ExpertAnnouncement, experts_key),
     (MoveClaim, moves_key),
+    (ModelListing, lambda _: MODELS_KEY),
 )
 """Every type of record, and the key under which those of a model are."""
 

@@ -31,7 +31,14 @@ class Presence:
 
     def __init__(self, settings: ServerSettings, prepared: Prepared, node: Node, directory: Directory) -> None:
         self._settings, self._prepared, self._node = settings, prepared, node
-        self._announcer = Announcer(node, directory, settings.initial_peers, self._announcement)
+        self._announcer = Announcer(
+            node,
+            directory,
+            settings.initial_peers,
+            self._announcement,
+            prepared.checkpoint.num_blocks,
+            {block: tensors.count for block, (tensors, _) in prepared.routed.items()},
+        )
         self.state = State.JOINING
         self.bounds = (0, 0)
         self.tentative = False

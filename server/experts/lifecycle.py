@@ -84,7 +84,12 @@ class ExpertServer:
         prepared = self._prepared
         await self._compute.run(lambda: prepared.checkpoint.model_digest)  # reads files, which loading lets go of
         announcer = Announcer(
-            node, directory, self._settings.initial_peers, lambda addresses: self._announcement(node, addresses)
+            node,
+            directory,
+            self._settings.initial_peers,
+            lambda addresses: self._announcement(node, addresses),
+            prepared.checkpoint.num_blocks,
+            {block: table.count for block, table in prepared.tables.items()},
         )
         if prepared.wanted is not None:
             self._hosted = prepared.wanted

@@ -16,6 +16,7 @@ _COMMANDS = {
     "chat": "talk to a model on a swarm",
     "status": "which blocks of a model are hosted, and by whom",
     "bootstrap": "run a peer through which others find each other",
+    "health": "a web page that shows how a swarm is, now and over the last month",
     "simulate": "what becomes of a swarm of so many servers, and how evenly they share the work",
     "digest": "show or write the checksums of a model's weights",
     "moefy": "turn a dense model into a mixture of experts that gives the same answers",
