@@ -26,7 +26,7 @@ from swarm.health.board import Board
 from swarm.health.chronicle import Chronicle
 from swarm.health.history import History, Sample
 from swarm.health.verdicts import Health
-from swarm.health.web_server import listening_socket
+from swarm.http_server import listening_socket
 from tests.synthetic_swarm import SyntheticSwarm, digest, hosts_of, peer_id, span
 
 OUTPUT = Path(__file__).parent / "screenshots"

@@ -23,7 +23,7 @@ from swarm.health.board import Board
 from swarm.health.chronicle import Chronicle
 from swarm.health.history import History
 from swarm.health.observation import Observation, Probe
-from swarm.health.web_server import listening_socket, serve
+from swarm.http_server import listening_socket, serve
 
 _ALPHABET = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 _NAMES = ("tidewater", "Lena M.", "umbrella-lab", "quiet rack", "hxr", "Studio Ostkreuz", "northwind", "0xfern", "kiwi")

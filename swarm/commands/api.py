@@ -62,8 +62,8 @@ def run(options: argparse.Namespace, output: Output) -> int:
     """Serve until Ctrl-C."""
     import uvloop
 
-    from swarm.api.http_server import listening_socket
     from swarm.api.keys import Callers, read_keys
+    from swarm.http_server import listening_socket
 
     for name in ("max_requests", "max_waiting", "queue_timeout"):
         if not getattr(options, name) > 0:
@@ -82,9 +82,9 @@ def run(options: argparse.Namespace, output: Output) -> int:
 async def _serve(options: argparse.Namespace, listening: socket.socket, callers: Callers, output: Output) -> None:
     from swarm.api.app import gateway_app
     from swarm.api.gateway import Gateway
-    from swarm.api.http_server import serve
     from swarm.api.queue import Queue
     from swarm.client import ClientSettings, Network
+    from swarm.http_server import serve
 
     settings = ClientSettings(
         initial_peers=tuple(options.initial_peers),

@@ -46,7 +46,7 @@ def run(options: argparse.Namespace, output: Output) -> int:
 
     from swarm.cache_directory import cache_directory
     from swarm.health.history import History
-    from swarm.health.web_server import listening_socket
+    from swarm.http_server import listening_socket
     from swarm.transport.node import PeerAddress
 
     for address in options.initial_peers:
@@ -78,7 +78,7 @@ async def _serve(
     from swarm.health.chronicle import Chronicle
     from swarm.health.history import History
     from swarm.health.watch import Watch
-    from swarm.health.web_server import serve
+    from swarm.http_server import serve
 
     assert isinstance(history, History)
     board = Board()

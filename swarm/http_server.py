@@ -16,31 +16,33 @@ from swarm.errors import PortTaken
 
 HEAD_TIMEOUT_S = 10.0
 _STOP_TIMEOUT_S = 5
+"""So long answers that are being made may take to end."""
 _MOST_CONNECTIONS = 2048
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
-    """A socket that listens there. Raises PortTaken if another does."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    """A socket that listens there. Raises PortTaken if that is not possible."""
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
         listening.listen(512)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         listening.close()
-        raise PortTaken(
-            f"Cannot listen on {host} port {port}: {error.strerror}. Choose another with --port."
-        ) from error
+        reason = getattr(error, "strerror", None) or str(error)
+        raise PortTaken(f"Cannot listen on {host} port {port}: {reason}. Choose another with --port.") from error
     listening.setblocking(False)
     return listening
 
 
-async def serve(app: Any, listening: socket.socket, ready: Callable[[], None]) -> None:
+async def serve(
+    app: Any, listening: socket.socket, ready: Callable[[], None], stopping: Callable[[], None] = lambda: None
+) -> None:
     """Serve until SIGINT or SIGTERM; answers that are being made have a few seconds to end.
 
     Args:
         ready: called when the first request can be answered.
+        stopping: called when it is to end, so that answers without an end end.
     """
     config = uvicorn.Config(
         app,
@@ -54,18 +56,21 @@ async def serve(app: Any, listening: socket.socket, ready: Callable[[], None]) -
         h11_max_incomplete_event_size=64 * 1024,
         server_header=False,
     )
-    server = _Server(config, ready)
-    await server.serve(sockets=[listening])
+    await _Server(config, ready, stopping).serve(sockets=[listening])
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None], stopping: Callable[[], None]) -> None:
         super().__init__(config)
-        self._ready = ready
+        self._ready, self._stopping = ready, stopping
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._stopping()
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
