@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import os
@@ -147,7 +148,7 @@ def smollm2(swarm_home: None) -> SmolLM2:
     kept = cache_directory("reference")
     if not (kept / "config.json").exists():
         # What comes from a GGUF file cannot be saved as it is.
-        plain = AutoModelForCausalLM.from_config(checkpoint.config, dtype=torch.float32)
+        plain = AutoModelForCausalLM.from_config(copy.deepcopy(checkpoint.config), dtype=torch.float32)
         plain.load_state_dict(load_whole_model(checkpoint).state_dict())
         fill_directory_atomically(kept, plain.save_pretrained)
     whole = AutoModelForCausalLM.from_pretrained(kept, dtype=torch.float32).eval()

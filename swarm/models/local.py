@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -20,7 +22,7 @@ def load_whole_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -
                 checkpoint.location.parent,
                 gguf_file=checkpoint.location.name,
                 dtype=precision,
-                config=checkpoint.config,
+                config=copy.deepcopy(checkpoint.config),
             )
         else:
             model = AutoModelForCausalLM.from_pretrained(checkpoint.location, dtype=precision)
