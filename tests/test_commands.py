@@ -42,7 +42,7 @@ def serving(swarm: LocalSwarm) -> LocalSwarm:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "demo", "generate", "chat", "status", "bootstrap", "simulate", "digest", "moefy"]
+    "command", ["", "demo", "generate", "chat", "status", "bootstrap", "health", "simulate", "digest", "moefy"]
 )
 def test_help_explains(command: str) -> None:
     result = run(*command.split(), "--help")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -128,12 +126,8 @@ def test_a_killed_server_turns_red_and_its_model_degraded_without_a_reload(
             lambda one: one["totals"]["servers"]["online"] == 3 and all(it["latency_ms"] for it in one["servers"]),
         )
         (model,) = state["models"]
-        assert (model["name"], model["health"], model["survives"], model["copies"]) == (
-            "smollm2",
-            "healthy",
-            1,
-            [2] * 30,
-        )
+        assert (model["name"], model["health"], model["survives"]) == ("smollm2", "healthy", 1)
+        assert model["copies"] == [2] * 30
         assert {one["id"] for one in state["servers"]} == {peer.peer_id for peer in servers}
         assert {one["name"] for one in state["servers"]} == {"Ada's garage"}
         assert b"127.0.0.1" not in dashboard.get("api/v1/state") and b"/ip4/" not in dashboard.get("api/v1/state")
@@ -265,9 +259,13 @@ def test_an_answer_is_sent_once_to_whoever_has_it_and_compressed(large: Program)
     with urllib.request.urlopen(request) as answer:
         etag = answer.headers["ETag"]
         assert answer.headers["Content-Encoding"] == "gzip"
-    request.add_header("If-None-Match", etag)
-    with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(request) as answer:
-        assert answer.headers["ETag"] != etag, "unless the swarm was looked at meanwhile, it is not sent again"
+    with pytest.raises(urllib.error.HTTPError) as not_modified:
+        while True:  # unless the swarm was looked at meanwhile
+            request.add_header("If-None-Match", etag)
+            with urllib.request.urlopen(request) as answer:
+                assert answer.headers["ETag"] != etag
+                etag = answer.headers["ETag"]
+    assert not_modified.value.code == 304
 
 
 def test_events_come_with_every_look(large: Program) -> None:
@@ -314,23 +312,17 @@ def test_a_port_that_is_taken_a_bad_address_and_a_bad_history_are_clear_errors(l
     port = large.url.rstrip("/").rpartition(":")[2]
     nobody = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWRE8mzAbLiPHb17uqHkoab9NUSjfeswJvYjvTuAVikvKg"
     (tmp_path / "letter.txt").write_text("Dear Ada, " * 1000)
+    peers, history = ["--initial-peers", nobody], str(tmp_path / "letter.txt")
     for options, complaint in (
-        (
-            ["--initial-peers", nobody, "--port", port],
-            f"Cannot listen on 127.0.0.1 port {port}: Address already in use",
-        ),
+        ([*peers, "--port", port], f"Cannot listen on 127.0.0.1 port {port}: Address already in use"),
         (["--initial-peers", "nonsense"], "'nonsense' is not a peer's address"),
-        (
-            ["--initial-peers", nobody, "--port", "0", "--history", str(tmp_path / "letter.txt")],
-            "The history cannot be",
-        ),
+        ([*peers, "--port", "0", "--history", history], "The history cannot be kept in"),
     ):
         result = subprocess.run(
             [sys.executable, "-m", "swarm.commands.main", "health", *options],
             capture_output=True,
             text=True,
             timeout=60,
-            env={**os.environ},
         )
         assert result.returncode == 1
         assert result.stderr.startswith(f"error: {complaint}"), result.stderr

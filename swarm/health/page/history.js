@@ -1,7 +1,7 @@
 // The past of every model: how it was, how many servers it had, what they could do.
 
 import { h } from "./dom.js";
-import { hourAndMinute, plural, rate, shortDayOf } from "./words.js";
+import { about, hourAndMinute, plural, shortDayOf } from "./words.js";
 
 const RANGES = [[6, "6 hours"], [24, "24 hours"], [168, "7 days"], [720, "30 days"]];
 const WIDE = 270;
@@ -65,7 +65,7 @@ function band(samples, data) {
 
 function line(name, samples, key, data, latest) {
   const tall = 84;
-  const top = 6;
+  const top = 16;
   const most = Math.max(1, ...samples.map((one) => one[key]));
   const least = Math.min(0, ...samples.map((one) => one[key]));
   const y = (value) => top + (tall - top) * (1 - (value - least) / (most - least));
@@ -80,11 +80,11 @@ function line(name, samples, key, data, latest) {
   }
   const label = data.end - data.begin > 2 * 86400 ? shortDayOf : hourAndMinute;
   return h("div", {},
-    h("h4", {}, name, h("b", {}, rate(Math.max(latest, 0)))),
-    h("svg", { viewBox: `0 0 ${WIDE} ${tall + 16}`, role: "img", "aria-label": `${name}: at most ${rate(most)}, now ${rate(Math.max(latest, 0))}` },
+    h("h4", {}, name, h("b", {}, about(Math.max(latest, 0)))),
+    h("svg", { viewBox: `0 0 ${WIDE} ${tall + 16}`, role: "img", "aria-label": `${name}: at most ${about(most)}, now ${about(Math.max(latest, 0))}` },
       h("line", { x1: 0, x2: WIDE, y1: y(0), y2: y(0), class: "axis" }),
       h("path", { d: path, class: "line" }),
-      h("text", { x: 0, y: top + 4 }, rate(most)),
+      h("text", { x: 0, y: 9 }, about(most)),
       h("text", { x: 0, y: tall + 14 }, label(data.begin)),
       h("text", { x: WIDE, y: tall + 14, "text-anchor": "end" }, "now")));
 }

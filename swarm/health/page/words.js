@@ -18,6 +18,9 @@ export function rate(number) {
   return number >= 100 ? whole.format(Math.round(number)) : number.toFixed(number >= 10 ? 1 : 2);
 }
 
+/** An average of counts. */
+export const about = (number) => whole.format(Math.round(10 * number) / 10);
+
 export function duration(seconds) {
   if (seconds < 60) return `${Math.max(0, Math.round(seconds))} s`;
   if (seconds < 3600) return `${Math.floor(seconds / 60)} min`;
