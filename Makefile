@@ -1,5 +1,6 @@
 # make demo   sets up .venv and runs the main job
 # make test   sets up .venv and runs the whole suite
+# make soak   runs what is too slow for every commit
 # make venv   only sets up .venv
 #
 # On a Linux machine without a GPU, PyPI's torch is a CUDA build of some gigabytes unless pip is pointed at a
@@ -12,13 +13,16 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check -qq
 TREE := $(VENV)/tree/swarm
 INSTALL := $(PIP) install -c constraints.txt
 
-.PHONY: demo test venv lint clean
+.PHONY: demo test soak venv lint clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/swarm demo
 
 test: $(VENV)/.installed-test lint
 	$(VENV)/bin/python -m tests.in_two_parts --durations=15
+
+soak: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest -m soak --durations=15
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .

@@ -222,6 +222,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.soak
 def test_two_hundred_abandoned_sessions_leave_nothing_behind(swarm: LocalSwarm, tmp_path: Any) -> None:
     save_tiny_model("llama", tmp_path)
     peers = [swarm.start_server(str(tmp_path), "--blocks", span, "--threads", "1") for span in ("0:2", "2:4")]

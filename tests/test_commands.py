@@ -140,7 +140,7 @@ def test_ctrl_c_ends_a_bootstrap_peer_cleanly(interruptible: Callable[..., Inter
     bootstrap.wait_until_there_are(0)
 
 
-@pytest.mark.parametrize("moment", ["servers start", "the answer begins"])
+@pytest.mark.parametrize("moment", ["servers start", pytest.param("the answer begins", marks=pytest.mark.soak)])
 def test_ctrl_c_ends_the_demo_cleanly(moment: str, interruptible: Callable[..., Interruptible]) -> None:
     demo = interruptible("demo", "--max-new-tokens", "400")
     if moment == "servers start":
