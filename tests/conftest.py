@@ -17,7 +17,7 @@ from typing import Any
 import hypothesis  # noqa: F401  (CPython 3.11.7 cannot compile it as late as pytest's summary, where its plugin imports it)
 import pytest
 import torch
-from in_two_parts import SHARED_HOME
+from in_two_lanes import PARTS, SHARED_HOME
 from tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from warm_start import WarmLoopback
@@ -34,18 +34,29 @@ QUESTION = "Write three sentences about the sea."
 _LIVE_FIXTURES = {"swarm", "warm", "connect"}
 _LIVE_NAMES = {"LocalSwarm", "Node", "Laboratory", "subprocess"}
 """What uses one of them starts processes, or opens sockets."""
+_PATIENT_MODULES = {
+    "test_chat_page", "test_commands", "test_docker", "test_expert_servers", "test_families_over_processes",
+    "test_gateway", "test_health",
+}  # fmt: skip
+"""Nothing in them is timed to a fraction of a second."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--part", choices=("live", "others"), help="run only a part: see tests/in_two_parts.py")
+    parser.addoption("--part", choices=PARTS, help="run only a part: see tests/in_two_lanes.py")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     part = config.getoption("--part")
     if part is not None:
-        chosen = [item for item in items if _is_live(item) == (part == "live")]
+        chosen = [item for item in items if _part(item) == part]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
         items[:] = chosen
+
+
+def _part(item: pytest.Item) -> str:
+    if not _is_live(item):
+        return "others"
+    return "patient" if item.path.stem in _PATIENT_MODULES else "live"
 
 
 def _is_live(item: pytest.Item) -> bool:
