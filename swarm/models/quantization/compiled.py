@@ -7,6 +7,8 @@ integers, so they are those of every other exact kernel.
 from __future__ import annotations
 
 import functools
+import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -60,8 +62,7 @@ def split_into_bytes(rows: torch.Tensor, middle: int, most: int, least: float) -
 
 @functools.cache
 def _multiplication(parallel: bool) -> Callable[..., None]:
-    import numba
-
+    numba = _numba()
     every = numba.prange if parallel else range
     int16, int32, float32 = numpy.int16, numpy.int32, numpy.float32  # numba widens results unless told otherwise
 
@@ -85,8 +86,7 @@ def _multiplication(parallel: bool) -> Callable[..., None]:
 
 @functools.cache
 def _splitting() -> Callable[..., None]:
-    import numba
-
+    numba = _numba()
     int32, float32, uint8 = numpy.int32, numpy.float32, numpy.uint8
 
     def split(rows: Any, shift: Any, most: Any, least: Any, levels: Any, worth: Any) -> None:
@@ -106,7 +106,20 @@ def _splitting() -> Callable[..., None]:
     return compiled
 
 
-def _use_threads(count: int) -> None:
-    import numba
+@functools.cache
+def _numba() -> Any:
+    """It imports SciPy if it is there, for what is not used here; servers have better use for 37 MB."""
+    hides = "scipy" not in sys.modules
+    if hides:
+        sys.modules["scipy"] = None  # type: ignore[assignment]
+    try:
+        importlib.import_module("numba.np.arraymath")  # what else it would import with the first compilation
+        return importlib.import_module("numba")
+    finally:
+        if hides:
+            del sys.modules["scipy"]
 
+
+def _use_threads(count: int) -> None:
+    numba = _numba()
     numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
