@@ -15,6 +15,7 @@ from swarm.client.waiting_line import WaitingLine
 from swarm.dht import Announcement, Directory, State, precision_name
 from swarm.errors import RemoteError
 from swarm.models import Checkpoint
+from swarm.number_runs import runs, runs_text
 from swarm.routing import (
     INTERACTIVE,
     ClientLinks,
@@ -355,11 +356,4 @@ class ServerView:
 
 def _ranges(blocks: list[int] | range) -> str:
     """``[0, 1, 2, 7]`` → ``"blocks 0–2, 7"``."""
-    parts: list[list[int]] = []
-    for block in blocks:
-        if parts and parts[-1][-1] == block - 1:
-            parts[-1].append(block)
-        else:
-            parts.append([block])
-    texts = [str(part[0]) if len(part) == 1 else f"{part[0]}–{part[-1]}" for part in parts]
-    return f"block{'s' if len(blocks) != 1 else ''} {', '.join(texts)}"
+    return f"block{'s' if len(blocks) != 1 else ''} {runs_text(runs(blocks))}"

@@ -11,7 +11,9 @@ from enum import StrEnum
 from typing import Annotated, Self
 
 import msgpack
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from swarm.dht.packing import unpacked
 
 LEASE_S = 12.0
 """How long an announcement is valid: a server that crashed is forgotten within this time."""
@@ -122,10 +124,7 @@ class Announcement(BaseModel):
     @classmethod
     def unpack(cls, packed: bytes) -> Announcement:
         """Raises ValueError for anything that is not an announcement."""
-        try:
-            return cls.model_validate(msgpack.unpackb(packed, raw=False))
-        except (ValidationError, msgpack.UnpackException, UnicodeDecodeError) as error:
-            raise ValueError(f"not an announcement: {error}") from error
+        return unpacked(cls, packed, "an announcement")
 
 
 def precision_name(dtype: str, quantization: str) -> str:

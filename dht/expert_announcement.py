@@ -6,9 +6,10 @@ from collections.abc import Collection, Mapping
 from typing import Annotated, Self
 
 import msgpack
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from swarm.dht.announcement import PeerId, Rate, State
+from swarm.dht.packing import unpacked
 
 MAX_EXPERTS = 4096
 """Of one block."""
@@ -66,10 +67,7 @@ class ExpertAnnouncement(BaseModel):
     @classmethod
     def unpack(cls, packed: bytes) -> ExpertAnnouncement:
         """Raises ValueError for anything that is not an announcement of experts."""
-        try:
-            return cls.model_validate(msgpack.unpackb(packed, raw=False, strict_map_key=False))
-        except (ValidationError, msgpack.UnpackException, UnicodeDecodeError) as error:
-            raise ValueError(f"not an announcement of experts: {error}") from error
+        return unpacked(cls, packed, "an announcement of experts", number_keys=True)
 
 
 def bitmaps_of(hosted: Mapping[int, Collection[int]]) -> dict[int, bytes]:

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from typing import Annotated, Self
 
 import msgpack
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from swarm.dht.announcement import PeerId
 from swarm.dht.expert_announcement import MAX_EXPERTS
+from swarm.dht.packing import unpacked
 
 LISTING_LEASE_S = 120.0
 """How long a listing is valid unless it is renewed or withdrawn."""
@@ -62,10 +63,7 @@ class ModelListing(BaseModel):
         """Raises ValueError for anything that is not a listing."""
         if len(packed) > MAX_LISTING_BYTES:
             raise ValueError(f"{len(packed)} bytes are too many for a listing")
-        try:
-            return cls.model_validate(msgpack.unpackb(packed, raw=False))
-        except (ValidationError, msgpack.UnpackException, UnicodeDecodeError) as error:
-            raise ValueError(f"not a listing: {error}") from error
+        return unpacked(cls, packed, "a listing")
 
 
 def expert_runs(counts: Mapping[int, int]) -> tuple[tuple[int, int, int], ...]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Self
 
 import msgpack
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from swarm.dht.announcement import LEASE_S, PeerId, Rate
+from swarm.dht.packing import unpacked
 from swarm.placement import Move, Urgency
 
 CLAIM_LEASE_S = LEASE_S
@@ -74,10 +75,7 @@ class MoveClaim(BaseModel):
         """Raises ValueError for anything that is not a claim."""
         if len(packed) > MAX_CLAIM_BYTES:
             raise ValueError(f"{len(packed)} bytes are too many for a claim")
-        try:
-            return cls.model_validate(msgpack.unpackb(packed, raw=False))
-        except (ValidationError, msgpack.UnpackException, UnicodeDecodeError) as error:
-            raise ValueError(f"not a claim: {error}") from error
+        return unpacked(cls, packed, "a claim")
 
 
 def moves_key(model: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from swarm.models.experts import ExpertTensors
+from swarm.number_runs import runs, runs_text
 
 _PART = re.compile(r"(?P<block>\d+|\*):(?P<first>\d+)(?:-(?P<last>\d+))?", re.ASCII)
 
@@ -50,7 +51,8 @@ class WantedExperts:
         hosted: dict[int, frozenset[int]] = {}
         for block, first, last in self.parts:
             if block is not None and block not in tables:
-                raise ValueError(f"block {block} of {model} has no routed experts; these have: {_spans(tables)}")
+                these = runs_text(runs(sorted(tables)))
+                raise ValueError(f"block {block} of {model} has no routed experts; these have: {these}")
             for one in tables if block is None else (block,):
                 if last >= tables[one].count:
                     raise ValueError(f"block {one} of {model} has experts 0 to {tables[one].count - 1}, not {last}")
@@ -65,16 +67,6 @@ def describe(hosted: Mapping[int, frozenset[int]]) -> str:
     for block, experts in sorted(hosted.items()):
         alike.setdefault(experts, []).append(block)
     for experts, blocks in alike.items():
-        what = f"{'block' if len(blocks) == 1 else 'blocks'} {_spans(blocks)}"
-        lines.append(f"{what}: {'expert' if len(experts) == 1 else 'experts'} {_spans(experts)}")
+        what = f"{'block' if len(blocks) == 1 else 'blocks'} {runs_text(runs(blocks))}"
+        lines.append(f"{what}: {'expert' if len(experts) == 1 else 'experts'} {runs_text(runs(sorted(experts)))}")
     return "; ".join(lines)
-
-
-def _spans(numbers: Mapping[int, object] | list[int] | frozenset[int]) -> str:
-    spans: list[list[int]] = []
-    for number in sorted(numbers):
-        if spans and spans[-1][1] == number - 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in spans)

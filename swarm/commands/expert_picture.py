@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from swarm.commands.swarm_picture import name_of
 from swarm.dht import Announcement, ExpertAnnouncement, State
+from swarm.dht.display_name import name_of
 from swarm.dht.expert_announcement import experts_in
 
 

@@ -9,7 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from swarm.commands.speeds import megabits, milliseconds
-from swarm.dht import Announcement, ExpertAnnouncement, State
+from swarm.dht import Announcement, State
+from swarm.dht.display_name import name_of
+from swarm.number_runs import runs, runs_text
 
 _BATCHES = (4, 16)
 """The numbers of sessions for which speeds are shown, besides one."""
@@ -84,9 +86,8 @@ def verdict(servers_of_block: Sequence[int]) -> str:
     """One sentence: whether the model can be used, and how many servers it can lose."""
     missing = [block for block, count in enumerate(servers_of_block) if count == 0]
     if missing:
-        return (
-            f"INCOMPLETE: no server is online for {len(missing)} of {len(servers_of_block)} blocks: {_spans(missing)}"
-        )
+        which = runs_text(runs(missing))
+        return f"INCOMPLETE: no server is online for {len(missing)} of {len(servers_of_block)} blocks: {which}"
     least = min(servers_of_block)
     survives = "the loss of any one server breaks it" if least == 1 else f"it survives the loss of any {least - 1}"
     return f"Complete: every block has {least} or more servers; {survives}."
@@ -114,22 +115,9 @@ def moves_between(before: Sequence[Announcement], after: Sequence[Announcement])
     return sum(spans.get(one.peer_id, (one.start, one.end)) != (one.start, one.end) for one in after)
 
 
-def name_of(server: Announcement | ExpertAnnouncement) -> str:
-    """What people call it: its public name, or the ends of its peer id."""
-    return server.public_name or f"{server.peer_id[:8]}…{server.peer_id[-4:]}"
-
-
 def _bar(start: int, end: int, num_blocks: int, width: int = 24) -> str:
     """A picture of a span within the model."""
     return "".join(
         "█" if start < (cell + 1) * num_blocks / width and end > cell * num_blocks / width else "·"
         for cell in range(width)
-    )
-
-
-def _spans(blocks: Sequence[int]) -> str:
-    firsts = [block for block in blocks if block - 1 not in blocks]
-    lasts = [block for block in blocks if block + 1 not in blocks]
-    return ", ".join(
-        str(first) if first == last else f"{first}–{last}" for first, last in zip(firsts, lasts, strict=True)
     )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from swarm.dht import Announcement
+from swarm.dht.display_name import short_id, shown_name
 from swarm.errors import DiskError
 from swarm.health.board import Board
 from swarm.health.history import Donation, History, Sample
@@ -14,7 +15,7 @@ from swarm.health.incidents import Incident, incidents_between
 from swarm.health.model_facts import ModelFacts
 from swarm.health.observation import Observation
 from swarm.health.presenting import Snapshot
-from swarm.health.swarm_state import Condition, ServerRecord, SwarmState, advance, short_id, shown_name
+from swarm.health.swarm_state import Condition, ServerRecord, SwarmState, advance
 from swarm.health.verdicts import judge
 from swarm.health.views import ContributorView
 

@@ -74,17 +74,6 @@ def throughput_bound(num_blocks: int, spans: Iterable[Announcement]) -> float:
     return sum(one.throughput * (one.end - one.start) for one in spans) / num_blocks
 
 
-def runs(blocks: Sequence[int]) -> list[tuple[int, int]]:
-    """Ascending numbers as runs, first and last."""
-    found: list[tuple[int, int]] = []
-    for block in blocks:
-        if found and found[-1][1] == block - 1:
-            found[-1] = (found[-1][0], block)
-        else:
-            found.append((block, block))
-    return found
-
-
 def _copies(num_blocks: int, spans: Sequence[Announcement]) -> Counts:
     changes = np.zeros(num_blocks + 1, np.int64)
     np.add.at(changes, [one.start for one in spans], 1)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from swarm.dht import Announcement, ExpertAnnouncement
-from swarm.health.coverage import runs
 from swarm.health.swarm_state import Condition, ServerRecord, SwarmState
 from swarm.health.verdicts import Health, Verdict, name_blocks
+from swarm.number_runs import runs
 
 
 class Kind(StrEnum):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from swarm.dht.display_name import short_id
 from swarm.errors import DiskError
 from swarm.health.history import History, Sample
 from swarm.health.presenting import Snapshot, incident_view, server_view
-from swarm.health.swarm_state import short_id
 from swarm.health.views import HistoryView, ModelHistoryView, SampleView, ServerDetailView
 
 NO_HISTORY = "The history cannot be read now."

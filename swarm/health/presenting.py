@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from swarm.dht import Announcement, ExpertAnnouncement
+from swarm.dht.display_name import shown_name
 from swarm.health.incidents import Incident
 from swarm.health.model_facts import ModelFacts
-from swarm.health.swarm_state import Condition, ServerRecord, SwarmState, shown_name
+from swarm.health.swarm_state import Condition, ServerRecord, SwarmState
 from swarm.health.verdicts import Health, Verdict
 from swarm.health.views import (
     ConnectionView,

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from swarm.dht import LEASE_S, Announcement, ExpertAnnouncement, State
+from swarm.dht.display_name import name_of
 from swarm.dht.expert_announcement import experts_in
 from swarm.health.model_facts import ModelFacts, agreed_facts
 from swarm.health.observation import Observation, Probe
@@ -76,7 +77,7 @@ class ServerRecord:
     @property
     def name(self) -> str:
         """What people call it: its public name, or the ends of its peer id."""
-        return shown_name(self.announcement.public_name) or short_id(self.announcement.peer_id)
+        return name_of(self.announcement)
 
     @property
     def rtt_s(self) -> float | None:
@@ -126,16 +127,6 @@ def advance(before: SwarmState, seen: Observation, asked_for: Mapping[str, Model
     servers = {key: record for key, record in servers.items() if key.model in models}
     after = SwarmState(seen.at, seen.is_blind, models, servers)
     return replace(after, servers={key: _with_copies(before, key, one) for key, one in servers.items()})
-
-
-def short_id(peer_id: str) -> str:
-    """The ends of a peer id."""
-    return f"{peer_id[:8]}…{peer_id[-4:]}"
-
-
-def shown_name(name: str) -> str:
-    """A stranger's text in one line, without what could play with its surroundings."""
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in name).split())
 
 
 def _next(

@@ -20,9 +20,10 @@ from enum import StrEnum
 import numpy as np
 
 from swarm.dht import Announcement, ExpertAnnouncement
-from swarm.health.coverage import Coverage, coverage_of, runs, throughput_bound
+from swarm.health.coverage import Coverage, coverage_of, throughput_bound
 from swarm.health.model_facts import ModelFacts
 from swarm.health.swarm_state import DEATH_MEMORY_S, Condition, ServerRecord, fewest_copies
+from swarm.number_runs import runs, runs_text
 
 _SHOWN_RUNS = 4
 _SHOWN_NAMES = 2
@@ -134,7 +135,7 @@ def _death_sentence(deaths: Sequence[ServerRecord], records: Sequence[ServerReco
 def name_blocks(blocks: Sequence[int]) -> str:
     """For people: ``blocks 0–3, 7 and 9 more``."""
     spans = runs(blocks)
-    shown = ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in spans[:_SHOWN_RUNS])
+    shown = runs_text(spans[:_SHOWN_RUNS])
     more = sum(last - first + 1 for first, last in spans[_SHOWN_RUNS:])
     return f"block{'s' if len(blocks) > 1 else ''} {shown}" + (f" and {more} more" if more else "")
 
