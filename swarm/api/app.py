@@ -7,24 +7,20 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from swarm import __version__
 from swarm.api.anthropic_dialect import anthropic_failure, anthropic_router
 from swarm.api.failures import RequestFailed
 from swarm.api.gateway import Gateway
-from swarm.api.metrics import CONTENT_TYPE
 from swarm.api.ollama_dialect import ollama_failure, ollama_router
 from swarm.api.openai_dialect import openai_failure, openai_router
 from swarm.api.request_limits import RequestLimits
+from swarm.prometheus_text import CONTENT_TYPE
+from swarm.web_pages import add_page
 
 _PAGE = Path(__file__).parent / "page"
-_SECURITY = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-}
 
 
 def gateway_app(gateway: Gateway) -> FastAPI:
@@ -52,15 +48,7 @@ def gateway_app(gateway: Gateway) -> FastAPI:
         """For Prometheus."""
         return PlainTextResponse(gateway.metrics.text(*gateway.load, gateway.models), media_type=CONTENT_TYPE)
 
-    @app.get("/", include_in_schema=False)
-    async def chat_page() -> FileResponse:
-        return FileResponse(_PAGE / "index.html", headers=_SECURITY)
-
-    @app.get("/page/{name}", include_in_schema=False)
-    async def page_file(name: str) -> FileResponse:
-        if name not in {path.name for path in _PAGE.iterdir()}:
-            raise HTTPException(404)
-        return FileResponse(_PAGE / name, headers={**_SECURITY, "Cache-Control": "no-cache"})
+    add_page(app, _PAGE)
 
     @app.exception_handler(RequestFailed)
     async def failed(request: Request, failure: RequestFailed) -> JSONResponse:

@@ -1,11 +1,12 @@
-"""What the gateway tells Prometheus about itself (text format 0.0.4)."""
+"""What the gateway tells Prometheus about itself."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+from swarm.prometheus_text import Samples, metric
+
 _BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -51,20 +52,24 @@ class Metrics:
 
     def text(self, running: int, waiting: int, models: Iterable[str]) -> str:
         """Everything, with the queue as it is now."""
-        lines = ["# TYPE swarm_gateway_responses_total counter"]
-        lines += [
-            f'swarm_gateway_responses_total{{path="{path}",status="{status}"}} {count}'
-            for (path, status), count in sorted(self.responses.items())
+        responses: Samples = [
+            ({"path": path, "status": str(status)}, count) for (path, status), count in sorted(self.responses.items())
         ]
-        for name, kind, value in (
-            ("prompt_tokens_total", "counter", self.prompt_tokens),
-            ("new_tokens_total", "counter", self.new_tokens),
-            ("lost_clients_total", "counter", self.lost_clients),
-            ("requests_running", "gauge", running),
-            ("requests_waiting", "gauge", waiting),
-            ("models", "gauge", len(list(models))),
+        lines = metric("swarm_gateway_responses_total", "counter", "Answers, by path and status.", responses)
+        for name, kind, text, value in (
+            ("prompt_tokens_total", "counter", "Tokens of prompts.", self.prompt_tokens),
+            ("new_tokens_total", "counter", "Tokens generated.", self.new_tokens),
+            (
+                "lost_clients_total",
+                "counter",
+                "Callers who hung up before the end.",
+                self.lost_clients,
+            ),
+            ("requests_running", "gauge", "Requests that are being answered.", running),
+            ("requests_waiting", "gauge", "Requests in line.", waiting),
+            ("models", "gauge", "Models that are served.", len(list(models))),
         ):
-            lines += [f"# TYPE swarm_gateway_{name} {kind}", f"swarm_gateway_{name} {value}"]
+            lines += metric(f"swarm_gateway_{name}", kind, text, [({}, value)])
         lines += ["# TYPE swarm_gateway_first_token_seconds histogram"]
         lines += self.first_token_s.lines("swarm_gateway_first_token_seconds")
         return "\n".join(lines) + "\n"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swarm.commands.output import Output
+from swarm.commands.web_address import add_web_arguments, url_of
 
 if TYPE_CHECKING:
     from swarm.api.keys import Callers
@@ -25,10 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="alias (smollm2), directory, .gguf file, or Hugging Face Hub id; NAME=MODEL serves it under another name",
     )  # fmt: skip
     parser.add_argument("--initial-peers", nargs="+", required=True, metavar="ADDRESS", help="peers to join through")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="IP address to listen on (default: 127.0.0.1, this machine only)"
-    )
-    parser.add_argument("--port", type=int, default=_PORT, help=f"port to listen on (default: {_PORT}; 0: any)")
+    add_web_arguments(parser, _PORT)
     parser.add_argument(
         "--api-keys", type=Path, metavar="FILE", help="TOML file of keys and their limits (default: anybody may ask)"
     )
@@ -99,7 +97,7 @@ async def _serve(options: argparse.Namespace, listening: socket.socket, callers:
             raise ValueError("two models have the same name; give one another: NAME=MODEL")
         queue = Queue(options.max_requests, options.max_waiting, options.queue_timeout)
         gateway = Gateway(models, callers, queue)
-        url = _url(*listening.getsockname()[:2])
+        url = url_of(listening)
 
         def ready() -> None:
             output.say(f"Serving {', '.join(gateway.models)}.")
@@ -131,8 +129,3 @@ def _open(name: str, network: Network, settings: ClientSettings, output: Output)
 def _short(model: str) -> str:
     """A name for callers: of a path only the last part."""
     return Path(model).name.removesuffix(".gguf") if Path(model).exists() else model
-
-
-def _url(host: str, port: int) -> str:
-    shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swarm.commands.output import Output
+from swarm.commands.web_address import add_web_arguments, url_of
 from swarm.errors import ModelError
 
 if TYPE_CHECKING:
@@ -31,10 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "id, or digest (default: all that servers list)",
     )  # fmt: skip
     parser.add_argument("--initial-peers", nargs="+", required=True, metavar="ADDRESS", help="peers to join through")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="IP address to listen on (default: 127.0.0.1, this machine only)"
-    )
-    parser.add_argument("--port", type=int, default=_PORT, help=f"port to listen on (default: {_PORT}; 0: any)")
+    add_web_arguments(parser, _PORT)
     parser.add_argument(
         "--history", type=Path, metavar="FILE", help="SQLite file for the last 30 days (default: in Swarm's cache)"
     )
@@ -84,8 +82,7 @@ async def _serve(
     board = Board()
     chronicle = Chronicle(board, history, asked_for)
     watching = BackgroundTask(Watch(options.initial_peers, chronicle, only).run())
-    host, port = listening.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+    url = f"{url_of(listening)}/"
 
     def ready() -> None:
         output.say(f"The dashboard is at {url}")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.responses import Response as PlainResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -21,8 +21,8 @@ from swarm.health.badge import badge_svg
 from swarm.health.board import Board
 from swarm.health.history import KEPT_S, History
 from swarm.health.past import NO_HISTORY, model_histories, server_detail
-from swarm.health.presenting import Snapshot, everything, model_detail, models_view, overview
-from swarm.health.prometheus import CONTENT_TYPE, metrics_text
+from swarm.health.presenting import Snapshot, everything, health_of, model_detail, models_view, overview
+from swarm.health.prometheus import metrics_text
 from swarm.health.rendering import Renderings
 from swarm.health.views import (
     HistoryView,
@@ -33,14 +33,10 @@ from swarm.health.views import (
     StateView,
     View,
 )
+from swarm.prometheus_text import CONTENT_TYPE
+from swarm.web_pages import SECURITY_HEADERS, add_page
 
 _PAGE = Path(__file__).parent / "page"
-_FILES = {path.name: path for path in _PAGE.iterdir() if path.is_file()}
-_SECURITY = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-}
 _PUBLIC = {"Access-Control-Allow-Origin": "*", "Cache-Control": "no-cache", "Vary": "Accept-Encoding"}
 _KEEP_ALIVE_S = 15.0
 
@@ -147,21 +143,12 @@ def health_app(board: Board, history: History) -> FastAPI:
     )
     async def get_badge(model: str) -> Response:
         """How a model is, by its digest or name, as a picture."""
-        models = (await asyncio.to_thread(lambda: models_view(board.latest))).models
-        found = next((one for one in models if model in (one.id, one.name)), None)
-        svg = badge_svg(found.name if found else model, found.health if found else None)
-        headers = {"Cache-Control": "no-cache", **_SECURITY}
+        found = health_of(board.latest, model)
+        svg = badge_svg(*found) if found else badge_svg(model, None)
+        headers = {"Cache-Control": "no-cache", **SECURITY_HEADERS}
         return PlainResponse(svg, 200 if found else 404, headers, media_type="image/svg+xml")
 
-    @app.get("/", include_in_schema=False)
-    async def get_page() -> FileResponse:
-        return FileResponse(_FILES["index.html"], headers={**_SECURITY, "Cache-Control": "no-cache"})
-
-    @app.get("/page/{name}", include_in_schema=False)
-    async def get_page_file(name: str) -> FileResponse:
-        if name not in _FILES:
-            raise HTTPException(404)
-        return FileResponse(_FILES[name], headers={**_SECURITY, "Cache-Control": "no-cache"})
+    add_page(app, _PAGE)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:

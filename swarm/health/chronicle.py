@@ -60,9 +60,7 @@ class Chronicle:
         """Publish what is known after one more look."""
         latest = self._board.latest
         state = advance(latest.state, seen, self._asked_for)
-        by_model: dict[str, list[ServerRecord]] = {digest: [] for digest in state.models}
-        for key, record in state.servers.items():
-            by_model[key.model].append(record)
+        by_model = state.by_model()
         verdicts = {digest: judge(facts, by_model[digest], state.at) for digest, facts in state.models.items()}
         news = incidents_between(latest.state, latest.verdicts, state, verdicts)
         since = {

@@ -79,14 +79,22 @@ def models_view(snapshot: Snapshot) -> ModelsView:
 
 def model_views(snapshot: Snapshot) -> list[ModelView]:
     """The worst first, then by name."""
-    by_model: dict[str, list[ServerRecord]] = {digest: [] for digest in snapshot.state.models}
-    for key, record in snapshot.state.servers.items():
-        by_model[key.model].append(record)
+    by_model = snapshot.state.by_model()
     views = [
         _model_view(facts, snapshot.verdicts[digest], by_model[digest], snapshot.health_since[digest])
         for digest, facts in snapshot.state.models.items()
     ]
     return sorted(views, key=lambda one: (-one.health.severity, one.name, one.id))
+
+
+def health_of(snapshot: Snapshot, model: str) -> tuple[str, Health] | None:
+    """Name and health of a model, by its digest or name; of several with that name, the worst. None: there is none."""
+    found = [
+        (facts.name, snapshot.verdicts[digest].health)
+        for digest, facts in snapshot.state.models.items()
+        if model in (digest, facts.name)
+    ]
+    return max(found, key=lambda one: one[1].severity, default=None)
 
 
 def model_detail(snapshot: Snapshot, model: str) -> ModelDetailView | None:

@@ -1,25 +1,17 @@
-"""The swarm's figures as Prometheus scrapes them. Pure.
-
-The format is https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format.
-"""
+"""The swarm's figures for Prometheus. Pure."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable, Mapping
 
 from swarm.health.swarm_state import Condition
 from swarm.health.verdicts import Health
 from swarm.health.views import ModelView, OverviewView
-
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-_Samples = Iterable[tuple[Mapping[str, str], float]]
+from swarm.prometheus_text import Samples, metric
 
 
 def metrics_text(overview: OverviewView) -> str:
     """Everything, as text."""
     models = overview.models
-    connected: _Samples = [({}, float(overview.connection.connected))]
+    connected: Samples = [({}, float(overview.connection.connected))]
     lines = [
         *_gauge("swarm_health_connected", "Whether the dashboard sees the swarm.", connected),
         *_gauge("swarm_health_last_look_timestamp_seconds", "Unix time of the last look.", [({}, overview.at)]),
@@ -70,13 +62,5 @@ def _names(model: ModelView) -> dict[str, str]:
     return {"model": model.id, "name": model.name}
 
 
-def _gauge(name: str, text: str, samples: _Samples) -> list[str]:
-    lines = [f"# HELP {name} {text}", f"# TYPE {name} gauge"]
-    for labels, value in samples:
-        shown = ",".join(f'{key}="{_escaped(label)}"' for key, label in labels.items())
-        lines.append(f"{name}{{{shown}}} {value!r}" if shown else f"{name} {value!r}")
-    return lines
-
-
-def _escaped(text: str) -> str:
-    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+def _gauge(name: str, text: str, samples: Samples) -> list[str]:
+    return metric(name, "gauge", text, samples)

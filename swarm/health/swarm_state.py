@@ -96,6 +96,13 @@ class SwarmState:
     """By digest."""
     servers: Mapping[ServerKey, ServerRecord] = field(default_factory=dict)
 
+    def by_model(self) -> dict[str, list[ServerRecord]]:
+        """Those of every model, by its digest."""
+        found: dict[str, list[ServerRecord]] = {digest: [] for digest in self.models}
+        for key, record in self.servers.items():
+            found[key.model].append(record)
+        return found
+
     def of_model(self, model: str) -> list[ServerRecord]:
         """Its servers, of blocks and of experts, present or not."""
         return [record for key, record in self.servers.items() if key.model == model]
