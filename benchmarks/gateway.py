@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks.gateway_load import ANSWER_TOKENS, QUESTIONS
 from benchmarks.report import Report
-from swarm.commands.local_swarm import LocalPeer, LocalSwarm
+from swarm.commands.local_swarm import LocalSwarm
 from swarm.models import open_checkpoint
 from swarm.models.local import load_whole_model
 from swarm.transport.daemon import die_with_parent
@@ -40,22 +40,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="swarm-gateway-") as directory, LocalSwarm() as swarm:
         report.progress("starting five servers and the gateway")
         doomed = swarm.start_servers("smollm2", ["0:10", "10:20", "20:30", "0:10", "10:20"], "--threads", "1")[:2]
-        gateway = _start_gateway(swarm, Path(directory))
-        try:
-            report.progress(f"{_USERS} people chat for {duration_s} s")
-            log = Path(directory) / "load.jsonl"
-            load = _start_load(str(gateway.ready["url"]) if gateway.ready else "", duration_s, log)
-            begun = time.monotonic()
-            for number, server in enumerate(doomed):
-                time.sleep(max(0.0, begun + duration_s * (number + 1) / 3 - time.monotonic()))
-                report.progress(f"killing {server.name}")
-                server.kill()
-            said, _ = load.communicate(timeout=duration_s + 180)
-            if not log.exists():
-                raise SystemExit(f"no request ended; the load generator said:\n{said}")
-        finally:
-            gateway.process.terminate()
-            gateway.process.wait(20)
+        gateway = swarm.start_gateway("smollm2", "--max-requests", str(_USERS))
+        report.progress(f"{_USERS} people chat for {duration_s} s")
+        log = Path(directory) / "load.jsonl"
+        load = _start_load(str(gateway.ready["url"]) if gateway.ready else "", duration_s, log)
+        begun = time.monotonic()
+        for number, server in enumerate(doomed):
+            time.sleep(max(0.0, begun + duration_s * (number + 1) / 3 - time.monotonic()))
+            report.progress(f"killing {server.name}")
+            server.kill()
+        said, _ = load.communicate(timeout=duration_s + 180)
+        if not log.exists():
+            raise SystemExit(f"no request ended; the load generator said:\n{said}")
         records = [json.loads(line) for line in log.read_text().splitlines()]
     report.finish(_figures(records, expected, len(doomed)))
 
@@ -96,22 +92,6 @@ def _local_answers() -> dict[str, str]:
         ids = model.generate(**inputs, do_sample=False, max_new_tokens=ANSWER_TOKENS)
         answers[question] = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return answers
-
-
-def _start_gateway(swarm: LocalSwarm, directory: Path) -> LocalPeer:
-    log = directory / "gateway.log"
-    command = [sys.executable, "-m", "swarm.commands.main", "api", "smollm2", "--port", "0", "--json"]
-    with log.open("w") as stderr:
-        process = subprocess.Popen(
-            [*command, "--max-requests", str(_USERS), "--initial-peers", *swarm.initial_peers],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            preexec_fn=die_with_parent(os.getpid()),
-        )
-    gateway = LocalPeer("the gateway", process, log)
-    gateway.wait_until_ready()
-    return gateway
 
 
 def _start_load(url: str, duration_s: float, log: Path) -> subprocess.Popen[str]:

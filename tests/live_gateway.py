@@ -11,8 +11,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from warm_start import WarmLoopback
 
@@ -51,7 +50,9 @@ class LiveGateway:
     def run_another(self, swarm: LocalSwarm, *arguments: str) -> tuple[int, str]:
         """The exit code and stderr of one that is not expected to live."""
         with tempfile.TemporaryFile() as log:
-            process = _start(self.warm, _command(swarm, *arguments), log)
+            process = self.warm.start(
+                _command(swarm, *arguments), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log
+            )
             code = process.wait(60)
             log.seek(0)
             return code, log.read().decode()
@@ -60,25 +61,13 @@ class LiveGateway:
 @contextlib.contextmanager
 def start_gateway(swarm: LocalSwarm, warm: WarmLoopback, *arguments: str) -> Iterator[LiveGateway]:
     """``swarm api`` with these arguments, on any free port, until the end of the context."""
-    with tempfile.TemporaryDirectory(prefix="swarm-gateway-") as directory:
-        log = Path(directory) / "gateway.log"
-        with log.open("w") as stderr:
-            process = _start(warm, _command(swarm, "--port", "0", *arguments), stderr)
-        peer = LocalPeer("gateway", process, log)
-        try:
-            peer.wait_until_ready()
-            assert peer.ready is not None
-            yield LiveGateway(peer, str(peer.ready["url"]), warm)
-            process.terminate()
-            assert process.wait(15) == 0, log.read_text()
-        finally:
-            process.kill()
+    peer = swarm.start_gateway(*arguments)
+    assert peer.ready is not None
+    yield LiveGateway(peer, str(peer.ready["url"]), warm)
+    peer.process.terminate()
+    assert peer.process.wait(15) == 0, peer.log.read_text()
 
 
 def _command(swarm: LocalSwarm, *arguments: str) -> list[str]:
     peers = ["--initial-peers", *swarm.initial_peers]
     return [sys.executable, "-m", "swarm.commands.main", "api", *arguments, *peers, "--json"]
-
-
-def _start(warm: WarmLoopback, command: list[str], stderr: IO[Any]) -> Any:
-    return warm.start(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr)

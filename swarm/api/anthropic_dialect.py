@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
-from swarm.api.failures import RequestFailed, bad_request
-from swarm.api.gateway import Gateway
-from swarm.api.openai_requests import MAX_MESSAGES, MAX_STOPS, Stop, Text
+from swarm.api.failures import RequestFailed
+from swarm.api.gateway import Gateway, joined
+from swarm.api.openai_requests import MAX_MESSAGES, MAX_STOPS, Content, Stop, text_of
 from swarm.api.served_model import Finish, Part, ServedModel, Wanted
 from swarm.api.streaming import Arriving, StreamedAnswer, unless_gone
 from swarm.client import Sampling
 
 _REASONS = {"end": "end_turn", "stop": "stop_sequence", "length": "max_tokens"}
+_KINDS_OF_TEXT = ("text",)
 _KINDS = {
     400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 413: "request_too_large",
     429: "rate_limit_error", 503: "overloaded_error",
@@ -32,18 +32,11 @@ def anthropic_failure(failure: RequestFailed) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": failure.message}}
 
 
-class TextBlock(BaseModel):
-    """A block of a message."""
-
-    type: str
-    text: Text | None = None
-
-
 class AnthropicMessage(BaseModel):
     """One turn."""
 
     role: Literal["user", "assistant", "system"]
-    content: Text | Annotated[list[TextBlock], Field(max_length=MAX_MESSAGES)]
+    content: Content
 
 
 class Counting(BaseModel):
@@ -51,7 +44,7 @@ class Counting(BaseModel):
 
     model: Annotated[str, Field(max_length=512)]
     messages: Annotated[list[AnthropicMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
-    system: Text | Annotated[list[TextBlock], Field(max_length=MAX_MESSAGES)] | None = None
+    system: Content | None = None
 
 
 class MessagesRequest(Counting):
@@ -100,18 +93,9 @@ def anthropic_router(gateway: Gateway) -> APIRouter:
 
 
 def _prompt(model: ServedModel, body: Counting) -> list[int]:
-    system = [{"role": "system", "content": _text(body.system)}] if body.system else []
-    turns = [{"role": turn.role, "content": _text(turn.content)} for turn in body.messages]
+    system = [{"role": "system", "content": text_of(body.system, _KINDS_OF_TEXT)}] if body.system else []
+    turns = [{"role": turn.role, "content": text_of(turn.content, _KINDS_OF_TEXT)} for turn in body.messages]
     return model.chat_prompt([*system, *turns], None)
-
-
-def _text(content: str | list[TextBlock]) -> str:
-    if isinstance(content, str):
-        return content
-    for block in content:
-        if block.type != "text" or block.text is None:
-            raise bad_request(f"blocks of type {block.type!r} cannot be read: this model reads text only")
-    return "".join(block.text or "" for block in content)
 
 
 def _ending(finish: Finish | None) -> dict[str, Any]:
@@ -122,10 +106,7 @@ def _ending(finish: Finish | None) -> dict[str, Any]:
 async def _whole(
     about: dict[str, Any], wanted: Wanted, answers: AsyncGenerator[tuple[int, Part], None]
 ) -> JSONResponse:
-    text, count, finish = "", 0, None
-    async with aclosing(answers):
-        async for _, part in answers:
-            text, count, finish = text + part.text, count + 1, part.finish
+    text, count, finish = await joined(answers)
     usage = {"input_tokens": len(wanted.prompt), "output_tokens": count}
     return JSONResponse({**about, "content": [{"type": "text", "text": text}], **_ending(finish), "usage": usage})
 

@@ -14,7 +14,7 @@ from swarm.api.failures import failure_of, too_many, unknown_model, wrong_key
 from swarm.api.keys import Caller, Callers
 from swarm.api.metrics import Metrics
 from swarm.api.queue import Queue, QueueFull
-from swarm.api.served_model import Part, ServedModel, Wanted
+from swarm.api.served_model import Finish, Part, ServedModel, Wanted
 from swarm.errors import SwarmError
 
 MOST_ANSWERS = 16
@@ -103,6 +103,15 @@ class Gateway:
     def _take_tokens(self, caller: Caller, count: int) -> None:
         if caller.tokens is not None:
             caller.tokens.take(count, time.monotonic())
+
+
+async def joined(answers: AsyncGenerator[tuple[int, Part], None]) -> tuple[str, int, Finish | None]:
+    """Of a single answer, once it is complete: its text, how many tokens it took, and how it ended."""
+    text, count, finish = "", 0, None
+    async with aclosing(answers):
+        async for _, part in answers:
+            text, count, finish = text + part.text, count + 1, part.finish
+    return text, count, finish
 
 
 def _secret(request: Request) -> str | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
@@ -18,8 +17,8 @@ from pydantic import BaseModel, Field
 
 from swarm import __version__
 from swarm.api.failures import RequestFailed, bad_request
-from swarm.api.gateway import Gateway
-from swarm.api.openai_requests import MAX_MESSAGES, MAX_STOPS, Stop, Text
+from swarm.api.gateway import Gateway, joined
+from swarm.api.openai_requests import MAX_MESSAGES, MAX_STOPS, Stop, Text, stops_of
 from swarm.api.served_model import Finish, Part, ServedModel, Wanted
 from swarm.api.streaming import Arriving, StreamedAnswer, unless_gone
 from swarm.client import Sampling
@@ -62,8 +61,7 @@ class OllamaOptions(BaseModel):
     def wanted(self, model: ServedModel, prompt: list[int]) -> Wanted:
         """The request. Raises RequestFailed."""
         most = self.num_predict if self.num_predict is not None and self.num_predict > 0 else None
-        stop = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        return model.wanted(prompt, most, sampling=self.sampling(), stop=stop)
+        return model.wanted(prompt, most, sampling=self.sampling(), stop=stops_of(self.stop))
 
 
 class OllamaMessage(BaseModel):
@@ -213,10 +211,7 @@ async def _respond(
         }
 
     async def whole() -> JSONResponse:
-        text, count, finish = "", 0, None
-        async with aclosing(answers):
-            async for _, part in answers:
-                text, count, finish = text + part.text, count + 1, part.finish
+        text, count, finish = await joined(answers)
         return JSONResponse({**_line(model.name), **said(text), **last(finish, count)})
 
     if not stream:

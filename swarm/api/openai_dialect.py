@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import secrets
 import time
@@ -198,7 +199,6 @@ class _TextShape:
         if not tokens or tokens[0].choice.logprob is None:
             return None
         texts = [str(self._model.tokenizer.decode([token.choice.token])) for token in tokens]
-        offsets = [sum(map(len, texts[:index])) for index in range(len(texts))]
         return {
             "tokens": texts,
             "token_logprobs": [token.choice.logprob for token in tokens],
@@ -206,7 +206,7 @@ class _TextShape:
                 {str(self._model.tokenizer.decode([one])): logprob for one, logprob in token.choice.top}
                 for token in tokens
             ],
-            "text_offset": offsets,
+            "text_offset": list(itertools.accumulate(map(len, texts[:-1]), initial=0)),
         }
 
 

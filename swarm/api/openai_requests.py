@@ -6,6 +6,7 @@ change the answer if they were understood are named, and refused.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
@@ -63,9 +64,7 @@ class Generating(BaseModel):
     @property
     def stops(self) -> tuple[str, ...]:
         """The stop sequences."""
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return stops_of(self.stop)
 
     def sampling(self, number: int) -> Sampling:
         """For answer `number`: each has a seed of its own."""
@@ -89,26 +88,23 @@ class TextPart(BaseModel):
     text: Text | None = None
 
 
+Content = Text | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)]
+
+
 class ChatMessage(BaseModel):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Text | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)] | None = None
+    content: Content | None = None
     name: Annotated[str, Field(max_length=256)] | None = None
     tool_calls: Annotated[list[dict[str, Any]], Field(max_length=128)] | None = None
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates expect it. Raises RequestFailed for what is no text."""
-        content = self.content
-        if isinstance(content, list):
-            for part in content:
-                if part.type not in ("text", "input_text", "refusal") or part.text is None:
-                    raise bad_request(f"message parts of type {part.type!r} cannot be read: this model reads text only")
-            content = "".join(part.text or "" for part in content)
         message: dict[str, Any] = {
             "role": "system" if self.role == "developer" else self.role,
-            "content": content or "",
+            "content": text_of(self.content or ""),
         }
         for field in ("name", "tool_calls", "tool_call_id"):
             if (value := getattr(self, field)) is not None:
@@ -181,6 +177,23 @@ class EmbeddingRequest(BaseModel):
         if dimensions is not None:
             raise ValueError("dimensions is not supported: an embedding has as many as the model's hidden states")
         return None
+
+
+def stops_of(stop: str | list[str] | None) -> tuple[str, ...]:
+    """The stop sequences, however many are given."""
+    if stop is None:
+        return ()
+    return (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+def text_of(content: str | list[TextPart], kinds: Collection[str] = ("text", "input_text", "refusal")) -> str:
+    """A message's text. Raises RequestFailed for parts of other `kinds`: they are no text."""
+    if isinstance(content, str):
+        return content
+    for part in content:
+        if part.type not in kinds or part.text is None:
+            raise bad_request(f"message parts of type {part.type!r} cannot be read: this model reads text only")
+    return "".join(part.text or "" for part in content)
 
 
 def prompts_of(given: Any) -> list[str | list[int]]:

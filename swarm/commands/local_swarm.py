@@ -142,13 +142,14 @@ class LocalSwarm:
 
     Attributes:
         bootstrap: the peer through which the others join.
-        servers: in the order in which they were started.
+        servers, gateways: in the order in which they were started.
     """
 
     def __init__(self, host: Host = _LOOPBACK) -> None:
         """Start the bootstrap peer on `host`, where servers go too unless they are told otherwise, and wait for it."""
         self._host = host
         self.servers: list[LocalPeer] = []
+        self.gateways: list[LocalPeer] = []
         self._directory = tempfile.TemporaryDirectory(prefix="swarm-local-")
         self.bootstrap = self._start(host, "bootstrap", ["-m", "swarm.commands.main", "bootstrap"])
         try:
@@ -192,13 +193,21 @@ class LocalSwarm:
             on_ready(peer)
         return peers
 
+    def start_gateway(self, *arguments: str) -> LocalPeer:
+        """Start ``swarm api`` with these arguments, on any free port, and wait until it serves."""
+        command = ["-m", "swarm.commands.main", "api", *arguments, "--initial-peers", *self.initial_peers]
+        gateway = self._spawn(self._host, f"gateway {len(self.gateways) + 1}", [*command, "--port", "0", "--json"])
+        self.gateways.append(gateway)
+        gateway.wait_until_ready()
+        return gateway
+
     def server(self, peer_id: str) -> LocalPeer:
         """The server with this peer id."""
         return next(peer for peer in self.servers if peer.peer_id == peer_id)
 
     def stop(self) -> None:
         """End every process: politely, then not."""
-        peers = [*self.servers, self.bootstrap]
+        peers = [*self.gateways, *self.servers, self.bootstrap]
         for peer in peers:
             with contextlib.suppress(ProcessLookupError):
                 peer.process.terminate()
@@ -220,10 +229,13 @@ class LocalSwarm:
         self.stop()
 
     def _start(self, host: Host, name: str, arguments: Sequence[str]) -> LocalPeer:
+        return self._spawn(host, name, [*arguments, "--host", host.address, "--private-network", "--json"])
+
+    def _spawn(self, host: Host, name: str, arguments: Sequence[str]) -> LocalPeer:
         log = Path(self._directory.name) / f"{name.replace(' ', '-')}.log"
         with log.open("w") as stderr:
             process = host.start(
-                [sys.executable, *arguments, "--host", host.address, "--private-network", "--json"],
+                [sys.executable, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
