@@ -53,7 +53,7 @@ def run(options: argparse.Namespace, output: Output) -> int:
     output.say(
         f"\n  swarm:      {figures['swarm_tokens_per_s']:.1f} tokens/s, without the pause"
         f"\n  local:      {local_tokens_per_s:.1f} tokens/s"
-        f"\n  pause:      {figures['pause_s']:.2f} s, when the server was killed"
+        f"\n  pause:      {figures['pause_s']:.2f} s, from the kill to the next token"
         f"\n  identical:  {'yes' if identical else 'NO'}"
     )
     output.event(identical=identical, local_tokens_per_s=local_tokens_per_s, tokens=swarm_ids.shape[1], **figures)
@@ -91,27 +91,36 @@ def _answer_through(
             **inputs, session=session, streamer=streamer, do_sample=False, max_new_tokens=options.max_new_tokens
         )
         seconds = time.perf_counter() - begun
-        pauses = [recovery.pause_s for recovery in session.recoveries]
+        recoveries = len(session.recoveries)
     model.disconnect()
     return ids, {
         "killed_servers": len(killer.killed),
-        "recoveries": len(pauses),
-        "pause_s": sum(pauses),
-        "swarm_tokens_per_s": streamer.tokens / (seconds - sum(pauses)),
+        "recoveries": recoveries,
+        "pause_s": killer.pause_s,
+        "swarm_tokens_per_s": streamer.tokens / (seconds - killer.pause_s),
     }
 
 
 class _Killer:
-    """Kills the server of the last blocks when the answer is under way."""
+    """Kills the server of the last blocks when the answer is under way.
+
+    Attributes:
+        pause_s: from the kill to the next token; 0: there was none.
+    """
 
     def __init__(self, swarm: LocalSwarm, after_tokens: int, output: Output) -> None:
         self._swarm, self._after_tokens, self._output = swarm, after_tokens, output
         self.session: InferenceSession | None = None
         self.killed: list[str] = []
+        self.pause_s = 0.0
+        self._killed_at: float | None = None
 
     def on_token(self, count: int) -> None:
+        if self._killed_at is not None:
+            self.pause_s, self._killed_at = time.perf_counter() - self._killed_at, None
         if count == self._after_tokens and self.session is not None:
             victim = self._swarm.server(self.session.route[-1].peer_id)
+            self._killed_at = time.perf_counter()
             victim.kill()
             self.killed.append(victim.peer_id)
             self._output.say(f" ⟨{victim.name} killed with SIGKILL⟩", end="")
