@@ -61,5 +61,14 @@ class BackgroundLoop:
             coroutine.close()
 
     def _stop(self) -> None:
-        self.loop.call_soon_threadsafe(self.loop.stop)
+        if self._thread.is_alive():
+            asyncio.run_coroutine_threadsafe(self._end(), self.loop)
         self._thread.join(timeout=_STOP_TIMEOUT_S)
+
+    async def _end(self) -> None:
+        """As ``asyncio.run()`` ends: nothing that is under way, such as a time limit of hivemind's, is left behind."""
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self.loop.stop()

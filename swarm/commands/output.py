@@ -14,7 +14,7 @@ from typing import Any
 from swarm.errors import SwarmError
 
 
-@dataclass(frozen=True)
+@dataclass
 class Output:
     """Where a command writes.
 
@@ -22,6 +22,8 @@ class Output:
     """
 
     json: bool
+    is_within_line: bool = False
+    """What was said last has not ended its line."""
 
     @classmethod
     def from_options(cls, options: argparse.Namespace) -> Output:
@@ -34,6 +36,7 @@ class Output:
     def say(self, text: str = "", *, end: str = "\n") -> None:
         """A sentence for a person."""
         print(text, end=end, file=sys.stderr if self.json else sys.stdout, flush=True)
+        self.is_within_line = not (text + end).endswith("\n")
 
     def event(self, **fields: Any) -> None:
         """One JSON object, for scripts only."""
@@ -55,6 +58,8 @@ def run_command(command: Callable[[], int], output: Output) -> int:
     except (SwarmError, ValueError) as error:
         if logging.getLogger("swarm").isEnabledFor(logging.DEBUG):
             logging.getLogger("swarm").exception("the command failed")
+        if output.is_within_line:
+            output.say()
         print(f"error: {error}", file=sys.stderr)
         output.event(event="error", kind=type(error).__name__, message=str(error))
         return 1
