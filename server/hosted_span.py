@@ -27,7 +27,7 @@ from swarm.server.resident_memory import give_memory_back, memory_given_back
 from swarm.server.sessions import SessionTable
 from swarm.server.settings import ServerSettings
 from swarm.server.throughput import ComputeSpeed, measure_compute
-from swarm.server.throughput_cache import MeasuredOn, remember_speed, remembered_speed
+from swarm.server.throughput_cache import MeasuredOn, measuring, remember_speed, remembered_speed
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,8 @@ def _speed_of(span: Span, together: Together | None, checkpoint: Checkpoint, set
     if not settings.measure_again and (known := remembered_speed(measured_on, time.time())) is not None:
         logger.info("the speed of this machine is known from an earlier start")
         return known
-    speed = measure_compute(span, checkpoint.hidden_size, together)
+    with measuring():
+        speed = measure_compute(span, checkpoint.hidden_size, together)
     remember_speed(measured_on, speed, time.time())
     give_memory_back()
     return speed

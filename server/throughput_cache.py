@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from swarm.cache_directory import cache_directory, write_atomically
+from swarm.cache_directory import alone_in, cache_directory, write_atomically
 from swarm.server.throughput import BATCHES, ComputeSpeed
 
 MAX_AGE_S = 7 * 24 * 3600.0
@@ -78,6 +78,11 @@ def remember_speed(measured_on: MeasuredOn, speed: ComputeSpeed, now: float) -> 
         is_undisturbed=speed.is_undisturbed,
     )
     write_atomically(_file(measured_on), entry.model_dump_json(indent=1))
+
+
+def measuring() -> contextlib.AbstractContextManager[None]:
+    """While a server measures, others that start on this machine wait; so each has it for itself."""
+    return alone_in(cache_directory("throughput"))
 
 
 def _fields(measured_on: MeasuredOn) -> dict[str, object]:

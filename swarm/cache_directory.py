@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
+
+_PATIENCE_S = 60.0
+"""After this, somebody who should have computed something is not waited for any more: perhaps it is stopped."""
 
 
 def swarm_home() -> Path:
@@ -31,6 +36,33 @@ def write_atomically(path: Path, text: str) -> None:
 def fill_directory_atomically(path: Path, fill: Callable[[Path], object]) -> None:
     """Let `fill` write into a directory that appears as `path` when it is complete. A full disk is a warning."""
     _write_then_rename(path, fill)
+
+
+@contextlib.contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """While something of `directory` is looked for, and made: others on this machine wait, and then find it.
+
+    So servers that start together compute nothing twice, and measure nothing while others measure. Not to be nested
+    for the same directory.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a cache that cannot be written to is a cache that nobody shares
+            directory.mkdir(parents=True, exist_ok=True)
+            opened = os.open(directory, os.O_RDONLY)
+            stack.callback(os.close, opened)
+            _lock(opened)
+        yield
+
+
+def _lock(opened: int) -> None:
+    """Lock it until it is closed; or do without, if somebody else does not let go of it."""
+    given_up_at = time.monotonic() + _PATIENCE_S
+    while time.monotonic() < given_up_at:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            time.sleep(0.02)
 
 
 def _write_then_rename(path: Path, write: Callable[[Path], object]) -> None:

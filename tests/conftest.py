@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ from typing import Any
 import hypothesis  # noqa: F401  (CPython 3.11.7 cannot compile it as late as pytest's summary, where its plugin imports it)
 import pytest
 import torch
-from in_two_lanes import PARTS, SHARED_HOME
+from in_two_lanes import PARTS, SHARED_HOME, taking_turns
 from tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from warm_start import WarmLoopback
 
-from swarm.cache_directory import cache_directory, fill_directory_atomically
+from swarm.cache_directory import alone_in, cache_directory, fill_directory_atomically
 from swarm.client import AutoDistributedModelForCausalLM
 from swarm.commands.local_swarm import LocalSwarm
 from swarm.models import Checkpoint, open_checkpoint
@@ -51,6 +51,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         chosen = [item for item in items if _part(item) == part]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
         items[:] = chosen
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    if (home := os.environ.get(SHARED_HOME)) is None:
+        return (yield)
+    with taking_turns(Path(home), alone=item.get_closest_marker("quiet") is not None):
+        return (yield)
 
 
 def _part(item: pytest.Item) -> str:
@@ -95,6 +103,7 @@ def obey_ctrl_c() -> None:
 def swarm_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What Swarm keeps goes to a temporary directory; child processes inherit it, and both parts share it."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GOGC", "100")  # of p2pd: hundreds are started for a short life, and collecting is a third of it
         patch.setenv("SWARM_HOME", os.environ.get(SHARED_HOME) or str(tmp_path_factory.mktemp("swarm-home")))
         torch.set_num_threads(1)
         yield
@@ -157,11 +166,12 @@ def smollm2(swarm_home: None) -> SmolLM2:
     """SmolLM2-135M-Instruct, loaded by transformers alone, which needs half a minute for it once."""
     checkpoint = open_checkpoint("smollm2")
     kept = cache_directory("reference")
-    if not (kept / "config.json").exists():
-        # What comes from a GGUF file cannot be saved as it is.
-        plain = AutoModelForCausalLM.from_config(copy.deepcopy(checkpoint.config), dtype=torch.float32)
-        plain.load_state_dict(load_whole_model(checkpoint).state_dict())
-        fill_directory_atomically(kept, plain.save_pretrained)
+    with alone_in(kept.parent):
+        if not (kept / "config.json").exists():
+            # What comes from a GGUF file cannot be saved as it is.
+            plain = AutoModelForCausalLM.from_config(copy.deepcopy(checkpoint.config), dtype=torch.float32)
+            plain.load_state_dict(load_whole_model(checkpoint).state_dict())
+            fill_directory_atomically(kept, plain.save_pretrained)
     whole = AutoModelForCausalLM.from_pretrained(kept, dtype=torch.float32).eval()
     return SmolLM2(checkpoint, whole, checkpoint.tokenizer())
 

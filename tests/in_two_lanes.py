@@ -2,23 +2,37 @@
 
 Tests of real processes and sockets wait a good deal, for others' sakes. Meanwhile all other tests run in the second
 lane, with the lowest priority, lest they disturb what is timed; after them, there, those of real processes of which
-nothing is timed to a fraction of a second.
+nothing is timed to a fraction of a second. While a test that is marked ``quiet`` runs, the other lane rests.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import IO
 
 SHARED_HOME = "SWARM_TESTS_HOME"
 """The environment variable that names the directory where all keep what is computed once."""
 PARTS = ("live", "others", "patient")
 _TELL_EVERY_S = 30.0
+
+
+@contextlib.contextmanager
+def taking_turns(home: Path, alone: bool) -> Iterator[None]:
+    """While a test runs; `alone`: and none in the other lane, which waits between two tests."""
+    with (home / "door.lock").open("w") as door, (home / "room.lock").open("w") as room:
+        fcntl.flock(door, fcntl.LOCK_EX)  # who waits for an empty room lets nobody else in
+        fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(door, fcntl.LOCK_UN)
+        yield
 
 
 class _Lane(threading.Thread):

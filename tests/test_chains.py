@@ -127,6 +127,7 @@ def test_a_long_prompt_in_pieces_gives_the_same_tokens(
     assert ids.tolist() == smollm2.greedy(question, 8).tolist()
 
 
+@pytest.mark.quiet
 def test_a_server_that_leaves_is_followed_without_a_pause(
     swarm: LocalSwarm, servers: list[LocalPeer], connect: Callable[..., Any], smollm2: SmolLM2
 ) -> None:

@@ -382,7 +382,7 @@ def test_servers_that_are_excluded_or_of_another_precision_are_not_used(
 
 def test_a_joining_server_is_waited_for(swarm: LocalSwarm, connect: Callable[..., Any], smollm2: SmolLM2) -> None:
     model = connect("smollm2")
-    server = swarm.start_server("smollm2", "--blocks", "auto", wait=False)
+    server = swarm.start_server("smollm2", "--blocks", "auto", "--threads", "1", wait=False)
     ids = model.generate(**smollm2.chat(QUESTION), do_sample=False, max_new_tokens=4, min_new_tokens=4)
     assert ids.tolist() == smollm2.greedy(QUESTION, 4).tolist()
     server.wait_until_ready()

@@ -14,7 +14,7 @@ from swarm.server.resident_memory import _read_only_file_areas
 
 SERVER = """
 import json, sys
-import swarm.server.lean_torch
+import swarm.lean_imports
 import psutil, torch
 from swarm.server.preparation import prepare
 from swarm.models import load_span

@@ -22,6 +22,9 @@ _COMMANDS = {
     "moefy": "turn a dense model into a mixture of experts that gives the same answers",
 }
 
+_WITHOUT_MODELS = {"bootstrap", "health", "simulate"}
+"""Commands that need neither torch nor transformers, or not in this process."""
+
 _EPILOG = """\
 try it:
   swarm demo                                 everything at once, on this machine
@@ -51,7 +54,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     output = Output.from_options(options)
     command = importlib.import_module(f"swarm.commands.{options.command}")
-    return run_command(lambda: command.run(options, output), output)
+
+    def run() -> int:
+        if options.command not in _WITHOUT_MODELS:
+            importlib.import_module("swarm.lean_imports")
+        return int(command.run(options, output))
+
+    return run_command(run, output)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
-import swarm.server.lean_torch  # noqa: F401  # isort: skip  (before anything that imports torch)
+import swarm.lean_imports  # noqa: F401  # isort: skip  (before anything that imports torch)
 import torch
 import uvloop
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from swarm.cache_directory import cache_directory, fill_directory_atomically
+from swarm.cache_directory import alone_in, cache_directory, fill_directory_atomically
 from swarm.errors import CheckpointNotFound, CorruptCheckpoint, UnsupportedFamily
 from swarm.models.digests import Digests, digest_tensors, known_digests, remember_digests
 from swarm.models.families import check_family
@@ -153,11 +153,12 @@ class Checkpoint:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.location, trust_remote_code=False)
             return tokenizer
         kept = _gguf_cache(self.location) / "tokenizer"
-        if (kept / "tokenizer.json").exists():
-            tokenizer = AutoTokenizer.from_pretrained(kept)
-        else:  # converting takes seconds, so the result is kept
-            tokenizer = AutoTokenizer.from_pretrained(self.location.parent, gguf_file=self.location.name)
-            fill_directory_atomically(kept, tokenizer.save_pretrained)
+        with alone_in(kept.parent):
+            if (kept / "tokenizer.json").exists():
+                tokenizer = AutoTokenizer.from_pretrained(kept)
+            else:  # converting takes seconds, so the result is kept
+                tokenizer = AutoTokenizer.from_pretrained(self.location.parent, gguf_file=self.location.name)
+                fill_directory_atomically(kept, tokenizer.save_pretrained)
         return tokenizer
 
 
@@ -282,13 +283,14 @@ def _gguf_cache(path: Path) -> Path:
 
 def _gguf_config(path: Path) -> PretrainedConfig:
     kept = _gguf_cache(path) / "config"
-    if (kept / "config.json").exists():
-        config: PretrainedConfig = AutoConfig.from_pretrained(kept)
-    else:  # transformers' reader takes seconds over the vocabulary, so the result is kept
-        try:
-            fields: dict[str, Any] = load_gguf_checkpoint(str(path))["config"]
-        except ValueError as error:
-            raise UnsupportedFamily(f"{path} is not supported: {error} Use the model's safetensors.") from error
-        config = AutoConfig.for_model(**fields)
-        fill_directory_atomically(kept, config.save_pretrained)
+    with alone_in(kept.parent):
+        if (kept / "config.json").exists():
+            config: PretrainedConfig = AutoConfig.from_pretrained(kept)
+        else:  # transformers' reader takes seconds over the vocabulary, so the result is kept
+            try:
+                fields: dict[str, Any] = load_gguf_checkpoint(str(path))["config"]
+            except ValueError as error:
+                raise UnsupportedFamily(f"{path} is not supported: {error} Use the model's safetensors.") from error
+            config = AutoConfig.for_model(**fields)
+            fill_directory_atomically(kept, config.save_pretrained)
     return config

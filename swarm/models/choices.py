@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from swarm import __version__
-from swarm.cache_directory import cache_directory, write_atomically
+from swarm.cache_directory import alone_in, cache_directory, write_atomically
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,14 @@ class Situation:
 def choice(situation: Situation, measure: Callable[[], str]) -> str:
     """One of the options, as remembered, else as measured now."""
     file = _file(situation)
-    name = _chosen.get(file) or _remembered(file, situation)
-    if name is None:
-        name = measure()
-        write_atomically(file, json.dumps({"situation": asdict(situation), "choice": name}, indent=1))
-    _chosen[file] = name
-    return name
+    if file not in _chosen:
+        with alone_in(file.parent):
+            name = _remembered(file, situation)
+            if name is None:
+                name = measure()
+                write_atomically(file, json.dumps({"situation": asdict(situation), "choice": name}, indent=1))
+        _chosen[file] = name
+    return _chosen[file]
 
 
 _chosen: dict[Path, str] = {}

@@ -91,7 +91,8 @@ class P2pDaemon:
         ]
         arguments += [f"-hostAddrs={','.join(listen)}"] if listen else ["-noListenAddrs=1"]
         arguments += [f"-announceAddrs={','.join(announce)}"] if announce else []
-        environment = dict(os.environ, GOLOG_LOG_FMT="json", GOLOG_LOG_LEVEL="error", GOMEMLIMIT="96MiB", GOGC="20")
+        ours = {"GOLOG_LOG_FMT": "json", "GOLOG_LOG_LEVEL": "error"}
+        environment = {"GOMEMLIMIT": "96MiB", "GOGC": "20", **os.environ, **ours}
         try:
             process = await asyncio.create_subprocess_exec(
                 str(executable),

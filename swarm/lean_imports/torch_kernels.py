@@ -1,6 +1,6 @@
 """Import torch without the kernels, written in Python, that it has for its meta device: 17 MB, and half a second.
 
-A server makes modules on that device, for which torch has kernels in C++. The others are for compilers, and are
+Models are made on that device, for which torch has kernels in C++. The others are for compilers, and are
 imported before the first of these is.
 
 Import this before anything that imports torch.

@@ -1,4 +1,4 @@
-"""Import transformers' model code without what a server never runs, which would cost every server 110 MB.
+"""Import transformers' model code without what a server or a client never runs: 110 MB.
 
 These are SciPy (losses of object detectors), accelerate (loading to several devices), torch's distributed tensors with
 SymPy (training on clusters) and torch's compiler (`torch._dynamo`), which transformers imports only to decorate some
