@@ -75,7 +75,7 @@ def test_a_streamer_receives_the_local_text_piece_by_piece(model: Any, smollm2: 
 def test_eight_users_of_one_model_at_the_same_time_get_what_each_would_get_alone(model: Any, smollm2: SmolLM2) -> None:
     questions = ["Name one colour.", QUESTION, "Why is the sky blue?", "Count to ten.", "Tell me a joke."]
     inputs = [smollm2.chat(question) for question in questions]
-    options = {"max_new_tokens": 24, "min_new_tokens": 24, "pad_token_id": 0}
+    options = {"max_new_tokens": 16, "min_new_tokens": 16, "pad_token_id": 0}
     beams = [{"num_beams": 1}] * 5 + [{"num_beams": 3}] * 3  # sessions of one row, and of three
     jobs = [(inputs[index % 5], {**options, **some, "do_sample": False}) for index, some in enumerate(beams)]
     answers: dict[int, Any] = {}

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_models import save_tiny_model
@@ -34,28 +35,42 @@ with memory_given_back():
 resident_after, after = resident(), span.forward(hidden_states, span.new_cache())
 unwanted = {"torch._dynamo", "torch._prims", "torch.distributed.tensor", "sympy", "scipy", "accelerate"}
 heavy = unwanted & sys.modules.keys()
-import torch._dynamo
-assert torch.equal(torch.randn(9, generator=random.manual_seed(1)), torch.randn(9, generator=random.manual_seed(1)))
-compiled = torch.compile(lambda x: torch.nn.functional.linear(x, x).relu() + 1, backend="eager")(torch.ones(3, 3))
 print(json.dumps({
     "heavy": sorted(heavy), "given_back_mib": (resident_before - resident_after) / 2**20,
-    "same": torch.equal(before, after), "compiler": torch._dynamo.__file__, "compiled": float(compiled.sum()),
+    "same": torch.equal(before, after),
 }))
 """
+COMPILING = """
+import json
+import swarm.lean_imports
+import torch
+random = torch.Generator()
+assert torch.equal(torch.randn(9, generator=random.manual_seed(1)), torch.randn(9, generator=random.manual_seed(1)))
+compiled = torch.compile(lambda x: torch.nn.functional.linear(x, x).relu() + 1, backend="eager")(torch.ones(3, 3))
+import torch._dynamo
+print(json.dumps({"compiler": torch._dynamo.__file__, "compiled": float(compiled.sum())}))
+"""
+
+
+def told_by(script: str, *arguments: str) -> dict[str, Any]:
+    result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "bloom", "mixtral", "gpt_oss", "deepseek_v3"])
 def test_a_server_runs_without_what_it_never_uses(family: str, tmp_path: Path) -> None:
     save_tiny_model(family, tmp_path)
-    result = subprocess.run(
-        [sys.executable, "-c", SERVER, str(tmp_path)], capture_output=True, text=True, timeout=120
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout.splitlines()[-1])
+    found = told_by(SERVER, str(tmp_path))
     assert found["heavy"] == []
     assert found["same"]
     assert found["given_back_mib"] > 20 or sys.platform != "linux"
-    assert found["compiler"].endswith("__init__.py") and found["compiled"] == 36  # who wants it gets the real one
+
+
+def test_who_wants_the_compiler_gets_the_real_one() -> None:
+    found = told_by(COMPILING)
+    assert found["compiler"].endswith("__init__.py") and found["compiled"] == 36
 
 
 def test_the_server_command_imports_nothing_before_what_keeps_it_small() -> None:
