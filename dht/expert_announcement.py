@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Annotated, Self
 
@@ -13,6 +14,10 @@ from swarm.dht.packing import unpacked
 
 MAX_EXPERTS = 4096
 """Of one block."""
+
+MAX_HEATS = 4096
+"""So many experts, at most, are announced with how hot they are, a byte each: a record has 8 KB."""
+_STEPS_PER_DOUBLING = 8
 
 Bitmap = Annotated[bytes, Field(min_length=1, max_length=MAX_EXPERTS // 8)]
 """Bit ``n % 8`` of byte ``n // 8`` (the lowest first): expert n is hosted."""
@@ -41,6 +46,11 @@ class ExpertAnnouncement(BaseModel):
     """Experts that it computes in a second, a token each, when many tokens come at once; by its own measurement."""
     calls_under_way: int = Field(default=0, ge=0)
     """How busy it is."""
+    heats: dict[Annotated[int, Field(ge=0, le=100_000)], Annotated[bytes, Field(max_length=MAX_EXPERTS)]] = Field(
+        default={}, max_length=1000
+    )
+    """By block, a byte for each hosted expert in ascending order: the tokens for which it was asked for lately, on a
+    scale of logarithms (:func:`heat_of`). Blocks may be missing."""
     addresses: tuple[Annotated[str, Field(max_length=128)], ...] = Field(default=(), max_length=8)
     version: str = Field(max_length=32)
     public_name: str = Field(default="", max_length=64)
@@ -52,12 +62,24 @@ class ExpertAnnouncement(BaseModel):
     def _check_bitmaps(self) -> Self:
         if not self.bitmaps or not all(map(any, self.bitmaps.values())):
             raise ValueError("a server of experts hosts at least one expert of every block that it names")
+        hosted = {block: sum(byte.bit_count() for byte in bitmap) for block, bitmap in self.bitmaps.items()}
+        if any(hosted.get(block) != len(heats) for block, heats in self.heats.items()):
+            raise ValueError("heats are of other experts than those that are hosted")
         return self
 
     @property
     def experts(self) -> dict[int, frozenset[int]]:
         """What is hosted, by block."""
         return {block: experts_in(bitmap) for block, bitmap in self.bitmaps.items()}
+
+    @property
+    def tokens_lately(self) -> dict[int, dict[int, float]]:
+        """By block and expert: for how many tokens it was asked for, old ones counting less and less."""
+        hosted = self.experts
+        return {
+            block: dict(zip(sorted(hosted[block]), map(tokens_of, heats), strict=True))
+            for block, heats in self.heats.items()
+        }
 
     def pack(self) -> bytes:
         """As msgpack; what is left out is the default."""
@@ -68,6 +90,16 @@ class ExpertAnnouncement(BaseModel):
     def unpack(cls, packed: bytes) -> ExpertAnnouncement:
         """Raises ValueError for anything that is not an announcement of experts."""
         return unpacked(cls, packed, "an announcement of experts", number_keys=True)
+
+
+def heat_of(tokens: float) -> int:
+    """As a byte: eight steps double it (or rather one more), so that figures up to 10⁹ come within 5%."""
+    return min(round(_STEPS_PER_DOUBLING * math.log2(1.0 + max(0.0, tokens))), 255)
+
+
+def tokens_of(heat: int) -> float:
+    """The reverse."""
+    return float(2.0 ** (heat / _STEPS_PER_DOUBLING) - 1.0)
 
 
 def bitmaps_of(hosted: Mapping[int, Collection[int]]) -> dict[int, bytes]:

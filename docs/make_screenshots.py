@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from swarm.dht import ModelListing
+from swarm.dht.expert_announcement import heat_of
 from swarm.health.app import health_app
 from swarm.health.board import Board
 from swarm.health.chronicle import Chronicle
@@ -51,7 +52,17 @@ def health_block_map(browser: Browser) -> None:
         _take(page, "health-block-map.png")
 
 
-PICTURES: tuple[Callable[[Browser], None], ...] = (health_overview, health_block_map)
+def health_experts(browser: Browser) -> None:
+    """A mixture of experts: who hosts which, and which are asked for; on a phone."""
+    with _dashboard() as url, _page(browser, "light", 420, 1180) as page:
+        page.goto(f"{url}#/models/{digest(MIXTRAL)}")
+        page.wait_for_selector("canvas.demand")
+        page.wait_for_timeout(500)
+        page.get_by_text("Servers by experts").scroll_into_view_if_needed()
+        _take(page, "health-experts.png")
+
+
+PICTURES: tuple[Callable[[Browser], None], ...] = (health_overview, health_block_map, health_experts)
 
 
 @contextlib.contextmanager
@@ -136,13 +147,20 @@ def _announcements() -> list:
             hosts_of(
                 42 + number,
                 MIXTRAL,
-                {block: [(one + number) % 8 for one in range(5)] for block in every},
+                hosted := {block: sorted((one + number) % 8 for one in range(5)) for block in every},
+                heats={block: _heats(block, those) for block, those in hosted.items()},
                 public_name=name(number),
             )
             for number in range(8)
         ),
     ]
     return [*llama, *qwen, *smol, *mixtral]
+
+
+def _heats(block: int, experts: Iterable[int]) -> bytes:
+    """A few experts of every block are chosen far more often than others."""
+    ranks = random.Random(block).sample(range(8), 8)
+    return bytes(heat_of(20_000 / (1 + ranks[expert]) ** 1.3) for expert in experts)
 
 
 def _remember(history: History) -> None:

@@ -45,6 +45,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", choices=PARTS, help="run only a part: see tests/in_two_lanes.py")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Importing tests of another part takes seconds."""
+    is_patient = collection_path.stem in _PATIENT_MODULES
+    is_module = collection_path.name.startswith("test_")
+    other = {"live": is_patient, "patient": is_module and not is_patient}
+    return other.get(config.getoption("--part"), False) or None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     part = config.getoption("--part")
     if part is not None:

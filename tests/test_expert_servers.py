@@ -20,10 +20,11 @@ from tiny_models import save_tiny_model, tiny_model
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from warm_start import WarmLoopback
 
-from swarm.client import AutoDistributedModelForCausalLM
+from swarm.client import AutoDistributedModelForCausalLM, ClientSettings, Network
 from swarm.commands.local_swarm import LocalPeer, LocalSwarm
 from swarm.errors import ExpertsMissing, SwarmError
 from swarm.models import open_checkpoint
+from swarm.placement.expert_demand import ExpertDemand
 from swarm.protocol.frames import encode_frame
 from swarm.protocol.messages import (
     EXPERTS_PROTOCOL,
@@ -219,7 +220,39 @@ def test_many_users_share_servers_of_experts(warm: WarmLoopback, mixtral: str, w
         with ThreadPoolExecutor(len(prompts)) as pool:
             answers = list(pool.map(one, prompts))
         model.disconnect()
-    assert answers == [whole.generate(prompt, **options)[0].tolist() for prompt in prompts]
+        chosen = {
+            block: torch.zeros(4, dtype=torch.int64) for block in range(len(whole.model.layers))
+        }  # by the local model's routers
+
+        def count(block: int, output: tuple[torch.Tensor, ...]) -> None:
+            chosen[block] += output[2].flatten().bincount(minlength=4)
+
+        hooks = [
+            layer.mlp.gate.register_forward_hook(lambda _, __, output, block=block: count(block, output))
+            for block, layer in enumerate(whole.model.layers)
+        ]
+        assert answers == [whole.generate(prompt, **options)[0].tolist() for prompt in prompts]
+        for hook in hooks:
+            hook.remove()
+        asyncio.run(until_heard(swarm, mixtral, chosen))
+
+
+async def until_heard(swarm: LocalSwarm, model: str, chosen: dict[int, torch.Tensor]) -> None:
+    """Wait until servers of experts announce that they were asked for experts so often (a byte is exact to 5%)."""
+    expected = {block: pytest.approx((1 + counts).tolist(), rel=0.06) for block, counts in chosen.items()}
+    network = await Network.join(ClientSettings(initial_peers=tuple(swarm.initial_peers)))
+    try:
+        deadline = time.monotonic() + 15
+        while True:
+            hosts = await network.experts(open_checkpoint(model).model_digest)
+            demand = ExpertDemand.told((one.tokens_lately for one in hosts), dict.fromkeys(chosen, 4))
+            told = {block: (1 + counts).tolist() for block, counts in demand.chosen.items()}
+            if told == expected:
+                return
+            assert time.monotonic() < deadline, f"{told}, not {expected}"
+            await asyncio.sleep(0.2)
+    finally:
+        await network.leave()
 
 
 def test_a_server_holds_the_experts_that_it_hosts_and_no_others(tmp_path: Path) -> None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import save_tiny_model
 
-from swarm.dht.expert_announcement import ExpertAnnouncement, bitmaps_of, experts_in
+from swarm.dht import State
+from swarm.dht.announcement import MAX_RECORD_BYTES
+from swarm.dht.expert_announcement import ExpertAnnouncement, bitmaps_of, experts_in, heat_of, tokens_of
 from swarm.errors import CorruptCheckpoint
 from swarm.models import load_span, open_checkpoint
 from swarm.models.experts import HostedExperts, find_expert_tensors, load_experts, routed_experts
+from swarm.placement.expert_demand import ExpertDemand
 from swarm.routing.experts import ExpertChoice
+from swarm.server.experts.asked import HALF_LIFE_S, Asked
 from swarm.server.experts.gathering import Ask, Gathering, Latencies
 from swarm.server.experts.wanted import WantedExperts, describe
 
@@ -108,34 +113,64 @@ def test_what_the_owner_asks_for_is_understood_or_refused_with_a_sentence(tmp_pa
 # What is announced
 
 
+def saying(hosted: Mapping[int, Collection[int]], heats: Mapping[int, bytes] | None = None) -> ExpertAnnouncement:
+    return ExpertAnnouncement(
+        peer_id="1" * 52,
+        model="ab" * 32,
+        state=State.ONLINE,
+        bitmaps=bitmaps_of(hosted),
+        dtype="bfloat16",
+        version="1",
+        issued_at=1.0,
+        heats=dict(heats or {}),
+    )
+
+
 @given(st.dictionaries(st.integers(0, 200), st.frozensets(st.integers(0, 300), min_size=1), min_size=1, max_size=4))
 def test_an_announcement_says_which_experts_are_hosted(hosted: dict[int, frozenset[int]]) -> None:
     bitmaps = bitmaps_of(hosted)
     assert {block: experts_in(bitmap) for block, bitmap in bitmaps.items()} == hosted
-    said = ExpertAnnouncement(
-        peer_id="12D3KooWPeer",
-        model="ab" * 32,
-        state="online",
-        bitmaps=bitmaps,
-        dtype="float32",
-        version="1",
-        issued_at=1.0,
-    )
+    said = saying(hosted)
     assert ExpertAnnouncement.unpack(said.pack()) == said and said.experts == hosted
 
 
 def test_an_announcement_of_a_large_server_is_small() -> None:
     everything = {block: range(256) for block in range(60)}
-    said = ExpertAnnouncement(
-        peer_id="1" * 52,
-        model="ab" * 32,
-        state="online",
-        bitmaps=bitmaps_of(everything),
-        dtype="bfloat16",
-        version="1",
-        issued_at=1.0,
-    )
-    assert len(said.pack()) < 3000
+    assert len(saying(everything).pack()) < 3000
+
+
+@given(st.floats(0, 1e9))
+def test_how_often_an_expert_was_asked_for_is_told_within_5_percent(tokens: float) -> None:
+    assert 1 + tokens_of(heat_of(tokens)) == pytest.approx(1 + tokens, rel=0.05)
+
+
+def test_what_was_asked_for_is_counted_and_fades() -> None:
+    asked = Asked({3: (0, 2, 7), 4: (1,)}, now=100.0)
+    asked.count(3, np.array([2, 7, 2, 2]), now=101.0)
+    assert [round(tokens_of(heat)) for heat in asked.heats(101.0)[3]] == [0, 3, 1]
+    assert asked.heats(101.0).keys() == {3}  # block 4 was not asked for
+    asked.count(3, np.array([7] * 400), now=101.5)
+    assert tokens_of(asked.heats(101.5 + HALF_LIFE_S)[3][2]) == pytest.approx(200, rel=0.05)
+
+
+def test_what_a_record_has_no_room_for_is_not_told() -> None:
+    large = tuple(range(1024))
+    asked = Asked({block: large for block in range(6)}, now=0.0)
+    for block in range(6):
+        asked.count(block, np.array([5]), now=0.0)
+    assert asked.heats(0.0).keys() == set(range(4))
+    assert len(saying({block: large for block in range(6)}, asked.heats(0.0)).pack()) < MAX_RECORD_BYTES
+
+
+def test_what_servers_tell_adds_up_to_what_experts_are_asked_for() -> None:
+    here = saying({0: [0, 3], 9: [1]}, {0: bytes([heat_of(7), heat_of(15)]), 9: bytes([heat_of(1)])})
+    there = saying({0: [3, 9]}, {0: bytes([heat_of(1), heat_of(3)])})
+    demand = ExpertDemand.told([here.tokens_lately, there.tokens_lately], {0: 4})
+    assert {block: counts.tolist() for block, counts in demand.chosen.items()} == {0: [7, 0, 0, 16]}
+    with pytest.raises(ValueError, match="heats are of other experts"):
+        saying({0: [0, 3]}, {0: bytes(3)})
+    with pytest.raises(ValueError, match="heats are of other experts"):
+        saying({0: [0, 3]}, {1: bytes(2)})
 
 
 # Whom to ask

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarm.dht import LEASE_S, Announcement, ExpertAnnouncement, ModelListing, State
-from swarm.dht.expert_announcement import bitmap_of, experts_in
+from swarm.dht.expert_announcement import bitmap_of, experts_in, heat_of
 from swarm.errors import DiskError
 from swarm.health.badge import badge_svg
 from swarm.health.board import Board
@@ -23,7 +23,7 @@ from swarm.health.history import RESOLUTIONS, Donation, History, Sample
 from swarm.health.incidents import Incident, Kind
 from swarm.health.model_facts import ModelFacts, agreed_facts, shown_model_name
 from swarm.health.observation import Observation, Probe
-from swarm.health.presenting import Snapshot, everything, overview
+from swarm.health.presenting import Snapshot, everything, model_detail, overview
 from swarm.health.probing import due, tcp_endpoints
 from swarm.health.prometheus import metrics_text
 from swarm.health.swarm_state import DEATH_MEMORY_S, Condition, ServerKey, ServerRecord
@@ -284,6 +284,21 @@ def test_an_expert_that_nobody_hosts_breaks_the_model_or_degrades_it_if_another_
     assert verdict(snapshot) == (
         Health.DEGRADED, "Nobody hosts expert 7 of block 0; some servers cannot work without.",
     )  # fmt: skip
+
+
+def test_demand_for_experts_is_what_those_who_are_present_tell(story: Story) -> None:
+    listing = ModelListing(
+        peer_id=peer_id(1), model=digest(MODEL), num_blocks=BLOCKS, experts=((0, 4, 4),), issued_at=BEGIN
+    )
+    router = server(1, 0, 4, kept_experts=dict.fromkeys(range(4), ""))
+    one = hosts_of(2, MODEL, {2: range(4)}, heats={2: bytes([heat_of(7), heat_of(0), heat_of(1), heat_of(0)])})
+    other = hosts_of(3, MODEL, {2: [0, 1]}, heats={2: bytes([heat_of(3), heat_of(1)])})
+    snapshot = story.look(router, one, other, listings=(listing,))
+    detail = model_detail(snapshot, digest(MODEL))
+    assert detail is not None
+    assert detail.expert_shares == {2: [round(tokens / 12, 6) for tokens in (10, 1, 1, 0)]}
+    detail = model_detail(story.look(router, one, listings=(listing,), after_s=LEASE_S * 2), digest(MODEL))
+    assert detail is not None and detail.expert_shares[2][1] == 0.0
 
 
 def test_most_servers_are_believed_and_equals_do_not_take_turns() -> None:

@@ -14,6 +14,7 @@ from swarm.dht import Directory, ExpertAnnouncement, State
 from swarm.dht.expert_announcement import bitmaps_of
 from swarm.models.experts import HostedExperts, load_experts
 from swarm.placement.expert_coverage import ExpertHost
+from swarm.placement.expert_demand import NO_DEMAND, ExpertDemand
 from swarm.placement.experts import ExpertJoiner, share_experts
 from swarm.protocol.messages import EXPERTS_PROTOCOL
 from swarm.protocol.tensors import dtype_name
@@ -162,7 +163,10 @@ class ExpertServer:
                 for one in others
                 if not one.tentative and one.state is not State.DRAINING
             ]
-            shared = await asyncio.to_thread(share_experts, [me, *joiners], hosts, shape, sizes)
+            # Those who join at once must all compute the same, and what they are told differs by moments.
+            told = ExpertDemand.told((one.tokens_lately for one in others), dict(enumerate(shape)))
+            demand = NO_DEMAND if joiners else told
+            shared = await asyncio.to_thread(share_experts, [me, *joiners], hosts, shape, sizes, demand)
             return {block: experts for block, experts in shared[node.peer_id].items() if experts}
 
         self._tentative = True
@@ -185,6 +189,7 @@ class ExpertServer:
             room_bytes=max(0, self._prepared.room_bytes),
             rows_per_s=self._rows_per_s,
             calls_under_way=self._streams.calls_under_way if self._streams else 0,
+            heats=self._streams.asked.heats(time.monotonic()) if self._streams else {},
             addresses=addresses,
             version=__version__,
             public_name=self._settings.public_name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ from swarm.protocol.messages import (
 from swarm.protocol.tensors import dtype_name
 from swarm.protocol.wire import Wire
 from swarm.server.compute import ComputeThread
+from swarm.server.experts.asked import Asked
 from swarm.server.schedule import Waiting
 from swarm.transport.node import Node
 from swarm.transport.outgoing import write
@@ -64,6 +66,7 @@ class ExpertStreams:
         calls_under_way: on all streams.
         draining: new streams are refused; those that stand go on until their owners have left.
         contribution: what it has done so far.
+        asked: for which experts it is asked how often.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class ExpertStreams:
         self.calls_under_way = 0
         self.draining = False
         self.contribution = Contribution()
+        self.asked = Asked({block: experts.kept for block, experts in hosted.items()}, time.monotonic())
 
     async def serve_on(self, node: Node, protocol: str) -> None:
         """From now on."""
@@ -126,6 +130,7 @@ class ExpertStreams:
         answer = ExpertOutputs(call=request.call, queue_s=timed.queue_s, compute_s=timed.compute_s, tensors=[])
         self.contribution.calls += 1
         self.contribution.tokens += len(call.experts)
+        self.asked.count(request.block, call.experts.numpy(), time.monotonic())
         self.contribution.received_bytes += sum(tensor.nbytes for tensor in tensors.values())
         self.contribution.sent_bytes += outputs.nbytes
         return answer, {"outputs": outputs}

@@ -25,6 +25,7 @@ from swarm.health.views import (
     StateView,
     TotalsView,
 )
+from swarm.placement.expert_demand import ExpertDemand
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,21 @@ def model_detail(snapshot: Snapshot, model: str) -> ModelDetailView | None:
         model=_model_view(facts, verdict, records, snapshot.health_since[model]),
         servers=[server_view(one) for one in records],
         expert_copies={block: counts.tolist() for block, counts in sorted(verdict.coverage.expert_copies.items())},
+        expert_shares=_expert_shares(facts, records),
     )
+
+
+def _expert_shares(facts: ModelFacts, records: Iterable[ServerRecord]) -> dict[int, list[float]]:
+    told = (
+        record.announcement.tokens_lately
+        for record in records
+        if record.condition.is_present and isinstance(record.announcement, ExpertAnnouncement)
+    )
+    demand = ExpertDemand.told(told, facts.experts)
+    return {
+        block: [round(share, 6) for share in demand.shares(block, facts.experts[block]).tolist()]
+        for block in sorted(demand.chosen)
+    }
 
 
 def server_view(record: ServerRecord) -> ServerView:

@@ -145,6 +145,9 @@ class ModelDetailView(View):
     model: ModelView
     servers: list[ServerView]
     expert_copies: dict[int, list[int]] = Field(description="By block: how many servers of experts host each expert")
+    expert_shares: dict[int, list[float]] = Field(
+        description="By block from whose experts something was asked lately: each one's share of it"
+    )
 
 
 class ServerDetailView(View):

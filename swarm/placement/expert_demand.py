@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,6 +44,24 @@ class ExpertDemand:
             np.fill_diagonal(pairs, 0.0)
             together[block] = pairs
         return cls(chosen, together)
+
+    @classmethod
+    def told(cls, told: Iterable[Mapping[int, Mapping[int, float]]], experts: Mapping[int, int]) -> ExpertDemand:
+        """What servers of experts tell, added up: replicas of an expert share what is asked of it.
+
+        Args:
+            told: of each server, by block and expert: for how many tokens it was asked for. What the model does not
+                have is left out.
+            experts: how many each block has.
+        """
+        chosen: dict[int, Floats] = {}
+        for one in told:
+            for block, tokens in one.items():
+                count = experts.get(block, 0)
+                counts = chosen.setdefault(block, np.zeros(count)) if count else np.zeros(0)
+                for expert in sorted(tokens.keys() & range(count)):
+                    counts[expert] += tokens[expert]
+        return cls(chosen)
 
     def shares(self, block: int, experts: int) -> Floats:
         """``[experts]``: of all that was chosen in this block; equal shares if nothing is known of it."""

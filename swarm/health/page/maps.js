@@ -170,10 +170,17 @@ function hatch(pen, left, top, wide, tall, colour) {
   pen.restore();
 }
 
-/** Experts by blocks, on the block map's axis, coloured by how many servers of experts host each; returns what is at a point. */
-export function drawExpertMap(canvas, expertCopies, numBlocks) {
-  const blocks = Object.keys(expertCopies).map(Number);
-  const most = Math.max(...blocks.map((block) => expertCopies[block].length));
+/** The colour for an expert that so many servers of experts host. */
+export const byCopies = (palette, copies) => shade(palette, copies);
+
+/** The colour for an expert that is asked for so often: full for the one that is asked for most. */
+export const byDemand = (palette, share, most) =>
+  `color-mix(in srgb, ${palette.bar} ${Math.round(100 * (share / most))}%, ${palette.rule})`;
+
+/** Figures of experts by blocks, on the block map's axis; returns what is at a point. */
+export function drawExpertMap(canvas, figures, numBlocks, colour) {
+  const blocks = Object.keys(figures).map(Number);
+  const most = Math.max(...blocks.map((block) => figures[block].length));
   const tall = Math.max(3, Math.min(16, Math.floor(420 / most)));
   const [pen, width] = prepared(canvas, AXIS_PX + most * tall);
   const palette = colours();
@@ -185,16 +192,17 @@ export function drawExpertMap(canvas, expertCopies, numBlocks) {
   pen.restore();
   for (const block of blocks) {
     const wide = Math.max(1, x(block + 1) - x(block) - (cell > 5 ? 1 : 0));
-    expertCopies[block].forEach((copies, expert) => {
-      pen.fillStyle = shade(palette, copies);
+    const highest = Math.max(...figures[block]);
+    figures[block].forEach((figure, expert) => {
+      pen.fillStyle = colour(palette, figure, highest);
       pen.fillRect(x(block), AXIS_PX + expert * tall, wide, tall > 4 ? tall - 1 : tall);
     });
   }
   return (left, y) => {
     const block = Math.floor(left / cell);
     const expert = Math.floor((y - AXIS_PX) / tall);
-    const copies = expertCopies[block]?.[expert];
-    return copies === undefined ? null : { block, expert, copies };
+    const figure = figures[block]?.[expert];
+    return figure === undefined ? null : { block, expert, figure };
   };
 }
 

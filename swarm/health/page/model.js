@@ -1,7 +1,7 @@
 // One model: its blocks, its experts, its servers.
 
 import { h } from "./dom.js";
-import { drawBlockMap, drawExpertMap, interactive, serverTip } from "./maps.js";
+import { byCopies, byDemand, drawBlockMap, drawExpertMap, interactive, serverTip } from "./maps.js";
 import { copiesInWords, modelFigures, stateWord } from "./pieces.js";
 import { count, duration, plural } from "./words.js";
 import { serverTable, sortedBy } from "./table.js";
@@ -25,6 +25,7 @@ export function view(data, context, ui) {
         swatch("c0", "no server"), swatch("c1", "1"), swatch("c2", "2"), swatch("c3", "3"), swatch("c4", "4 or more"),
         swatch("bar", "online"), swatch("gone", "dead"), swatch("amber", "leaving or unreachable"), swatch("loading", "loading"))),
     model.experts ? expertSection(data) : null,
+    Object.keys(data.expert_shares).length ? demandSection(data) : null,
     serverTable(servers, ui),
     h("p", { class: "empty" }, "Precisions: ", Object.entries(model.precisions).map(([name, number]) => `${name} (${count(number)})`).join(", ") || "none",
       h("br"), "Digest: ", h("span", { class: "mono" }, model.id)),
@@ -41,6 +42,15 @@ function expertSection({ model }) {
       h("canvas", { class: "experts", role: "img", "aria-label": `The worst expert has ${plural(experts.fewest_copies, "server")} of its own` })));
 }
 
+function demandSection({ expert_shares: shares }) {
+  const hottest = Math.max(...Object.values(shares).flat());
+  return h("section", { class: "map" },
+    h("h2", {}, "Demand by experts"),
+    h("p", { class: "quiet" }, "Of what a block has computed by servers of experts, each expert's share, in the last minutes."),
+    h("div", { class: "map-scroll", tabindex: "0", role: "region", "aria-label": "Heat map of demand" },
+      h("canvas", { class: "demand", role: "img", "aria-label": `The hottest expert is asked for ${(100 * hottest).toFixed(1)}% of its block's tokens` })));
+}
+
 const swatch = (kind, text) => h("span", {}, h("i", { class: kind }), text);
 
 export function drawn(root, data) {
@@ -52,14 +62,20 @@ export function drawn(root, data) {
     if (server) return { text: serverTip(server), href: `#/servers/${encodeURIComponent(server.id)}` };
     return { text: `block ${block}: ${plural(data.model.copies[block], "server")} online` };
   });
-  const experts = root.querySelector("canvas.experts");
-  if (experts && Object.keys(data.expert_copies).length) {
-    const expertAt = drawExpertMap(experts, data.expert_copies, data.model.num_blocks);
-    interactive(experts, (x, y) => {
-      const found = expertAt(x, y);
-      return found && { text: `block ${found.block}, expert ${found.expert}: ${plural(found.copies, "server")} of experts` };
-    });
-  }
+  const blocksOf = data.model.num_blocks;
+  drawExperts(root.querySelector("canvas.experts"), data.expert_copies, blocksOf, byCopies,
+    (copies) => `${plural(copies, "server")} of experts`);
+  drawExperts(root.querySelector("canvas.demand"), data.expert_shares, blocksOf, byDemand,
+    (share) => `${(100 * share).toFixed(1)}% of what the block asks for`);
+}
+
+function drawExperts(canvas, figures, numBlocks, colour, said) {
+  if (!canvas || !Object.keys(figures).length) return;
+  const at = drawExpertMap(canvas, figures, numBlocks, colour);
+  interactive(canvas, (x, y) => {
+    const found = at(x, y);
+    return found && { text: `block ${found.block}, expert ${found.expert}: ${said(found.figure)}` };
+  });
 }
 
 export function clicked(event, context, ui) {
