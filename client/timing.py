@@ -24,6 +24,8 @@ class HopTiming:
     network_s: float
     """The way there (for the last server also the way back): this server's share of the time that no server accounts
     for, in proportion to what the links' pings took."""
+    experts_s: float = 0.0
+    """Of `compute_s`: the server waited for servers of experts."""
     relayed: bool = False
     """It came through the client, because the server before it could not dial this one."""
     codec: str | None = None
@@ -89,6 +91,7 @@ def time_by_hop(
                 compute_s[hop.start],
                 shares_s[hop.start],
                 rest_s * way / whole,
+                sum(one.experts_s for one in pieces[hop.start]),
                 relayed=index > 0 and hops[index - 1].link_s is None,
                 codec=hop.codec,
                 degraded=any(one.degraded for one in pieces[hop.start]),

@@ -26,6 +26,8 @@ class Timed:
     compute_s: float
     together: int
     """Works that took this long together."""
+    elsewhere_s: float = 0.0
+    """Of the time that it took: other machines were waited for."""
 
 
 @dataclass(eq=False)
@@ -46,6 +48,7 @@ class ComputeThread:
         self._soon: list[Callable[[], object]] = []
         self._changed = threading.Condition()
         self._stopped = False
+        self._elsewhere_s = 0.0
         self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
         self._thread.start()
 
@@ -80,6 +83,10 @@ class ComputeThread:
             self._soon.append(errand)
             self._changed.notify()
 
+    def waited(self, seconds: float) -> None:
+        """Called by work, on the thread: it has waited so long for other machines."""
+        self._elsewhere_s += seconds
+
     def stop(self) -> None:
         """Drop what has not begun."""
         with self._changed:
@@ -98,18 +105,16 @@ class ComputeThread:
         after_together = False
         while jobs := self._next(after_together):
             after_together = jobs[0].waiting.group is not None
-            begun = time.perf_counter()
+            begun, self._elsewhere_s = time.perf_counter(), 0.0
             try:
                 results = jobs[0].run([job.work for job in jobs])
             except BaseException as error:
                 results = [error] * len(jobs)
-            ended = time.perf_counter()
+            took_s = time.perf_counter() - begun
+            timed = [Timed(begun - job.submitted, took_s, len(jobs), self._elsewhere_s) for job in jobs]
             told = [
-                (
-                    job.future,
-                    result if isinstance(result, BaseException) else (result, _timed(job, begun, ended, len(jobs))),
-                )
-                for job, result in zip(jobs, results, strict=True)
+                (job.future, result if isinstance(result, BaseException) else (result, how_long))
+                for job, result, how_long in zip(jobs, results, timed, strict=True)
             ]
             _tell(told)
 
@@ -128,10 +133,6 @@ class ComputeThread:
                     return jobs
                 self._changed.wait()
             return []
-
-
-def _timed(job: _Job, begun: float, ended: float, together: int) -> Timed:
-    return Timed(begun - job.submitted, ended - begun, together)
 
 
 def _tell(results: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:

@@ -98,7 +98,12 @@ class Server:
                 checkpoint = self._prepared.checkpoint
                 if self._prepared.routed:
                     self._experts = ExpertDispatch(
-                        node, directory, checkpoint.model_digest, checkpoint.hidden_size, self._prepared.dtype
+                        node,
+                        directory,
+                        checkpoint.model_digest,
+                        checkpoint.hidden_size,
+                        self._prepared.dtype,
+                        self._compute.waited,
                     )
                     watching.append(tasks.create_task(self._experts.run()))
                     presence.experts = self._experts

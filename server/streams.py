@@ -29,6 +29,7 @@ from swarm.protocol.served_session import (
     End,
     HangUp,
     ServedSession,
+    Spent,
     ToClient,
     ToSuccessor,
     Work,
@@ -374,7 +375,8 @@ class SessionStream:
             for number, (link, _) in self._links.items():
                 self._session.link_measured(number, link.one_way_s)
             self._session.degraded = self._held.is_degraded
-            actions = self._session.computed(output, timed.queue_s, timed.compute_s, timed.together)
+            spent = Spent(timed.queue_s, timed.compute_s, timed.elsewhere_s, timed.together)
+            actions = self._session.computed(output, spent)
         self._act(actions)
         await self._flush()
 

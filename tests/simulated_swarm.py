@@ -18,7 +18,7 @@ from swarm.protocol import routed_session as routed
 from swarm.protocol import served_session as served
 from swarm.protocol.messages import Drain, Link, Message, Open, Opened, Refusal
 from swarm.protocol.routed_session import Place, RoutedSession
-from swarm.protocol.served_session import ServedSession, Work
+from swarm.protocol.served_session import ServedSession, Spent, Work
 
 HIDDEN = 2
 MODULUS = 997
@@ -294,7 +294,7 @@ class SimulatedSwarm:
     def _compute(self, serving: Serving) -> None:
         work = serving.computing.popleft()
         output = serving.cache.run(work.position, work.reorder, work.hidden_states, work.position_ids)
-        self._serve(serving, serving.machine.computed(output, 0.0, 0.0))
+        self._serve(serving, serving.machine.computed(output, Spent()))
 
     def _serve(self, serving: Serving, actions: list[served.Action]) -> None:
         for action in actions:

@@ -45,6 +45,7 @@ from swarm.protocol.served_session import (
     End,
     HangUp,
     ServedSession,
+    Spent,
     ToClient,
     ToSuccessor,
     Work,
@@ -104,7 +105,7 @@ class Hosted:
         """The device finishes what it was given."""
         assert len(self.working) == 1, "one thing at a time"
         self.runs += 1
-        return self.do(self.session.computed(run(self.working.pop()), 0.25, 0.5))
+        return self.do(self.session.computed(run(self.working.pop()), Spent(0.25, 0.5)))
 
     def compute_all(self) -> list[Action]:
         actions = []

@@ -50,10 +50,22 @@ _LONGEST_S = 120.0
 class ExpertDispatch:
     """The experts of one model that are elsewhere."""
 
-    def __init__(self, node: Node, directory: Directory, model: str, hidden_size: int, dtype: torch.dtype) -> None:
-        """Called in the event loop."""
+    def __init__(
+        self,
+        node: Node,
+        directory: Directory,
+        model: str,
+        hidden_size: int,
+        dtype: torch.dtype,
+        on_waited: Callable[[float], None],
+    ) -> None:
+        """Called in the event loop.
+
+        Args:
+            on_waited: called on the thread that computes, with the seconds for which it waited.
+        """
         self._node, self._directory, self._model = node, directory, model
-        self._dtype = dtype_name(dtype)
+        self._dtype, self._on_waited = dtype_name(dtype), on_waited
         self._rows_per_call = max(1, min(MAX_STEP_POSITIONS, _MAX_CALL_BYTES // (hidden_size * dtype.itemsize)))
         self._loop = asyncio.get_running_loop()
         self._tasks: asyncio.TaskGroup | None = None
@@ -76,10 +88,13 @@ class ExpertDispatch:
             self._loop.call_soon_threadsafe(call.start)
 
         def finish() -> torch.Tensor:
+            begun = time.perf_counter()
             try:
                 return torch.cat([call.future.result(_LONGEST_S) for call in calls])
             except TimeoutError:
                 raise RuntimeError(f"servers of experts did not answer within {_LONGEST_S:.0f} s") from None
+            finally:
+                self._on_waited(time.perf_counter() - begun)
 
         return finish
 

@@ -45,12 +45,17 @@ class StepRecorder:
             return ["no step was taken"]
         hops, token_s = self._typical_hops(), self._token_s
         accounted_s = sum(hop.total_s for hop in hops)
-        rows = [("blocks", "server", "compute", "waiting", "network", "reached")]
-        rows += [(f"{hop.start}–{hop.end - 1}", _short(hop.peer_id), _ms(hop.compute_s), _ms(hop.queue_s),
+        rows = [("blocks", "server", "compute", "experts", "waiting", "network", "reached")]
+        rows += [(f"{hop.start}–{hop.end - 1}", _short(hop.peer_id), _ms(hop.compute_s - hop.experts_s),
+                  _ms(hop.experts_s) if hop.experts_s else "", _ms(hop.queue_s),
                   _ms(hop.network_s), _way(index, hop)) for index, hop in enumerate(hops)]  # fmt: skip
         if token_s is not None:
-            rows.append(("", "this client", _ms(max(0.0, token_s - accounted_s)), "", "", "embedding, head, sampling"))
-        widths = [max(len(row[column]) for row in rows) for column in range(6)]
+            rows.append(
+                ("", "this client", _ms(max(0.0, token_s - accounted_s)), "", "", "", "embedding, head, sampling")
+            )
+        columns = [column for column in range(7) if any(row[column] for row in rows[1:])]
+        rows = [tuple(row[column] for column in columns) for row in rows]
+        widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         last = (
             "the prompt alone" if token_s is None else f"a token: {_ms(token_s)} (median), {1 / token_s:.1f} per second"
@@ -87,6 +92,7 @@ def _median(hops: list[HopTiming]) -> HopTiming:
         hops[-1],
         queue_s=statistics.median(hop.queue_s for hop in hops),
         compute_s=statistics.median(hop.compute_s for hop in hops),
+        experts_s=statistics.median(hop.experts_s for hop in hops),
         compute_share_s=statistics.median(hop.compute_share_s for hop in hops),
         network_s=statistics.median(hop.network_s for hop in hops),
     )

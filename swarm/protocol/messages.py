@@ -175,6 +175,8 @@ class HopTime(_Message):
     """Waited for the device."""
     compute_s: Seconds
     """The device worked on it."""
+    experts_s: Seconds = 0.0
+    """Of that: it waited for servers of experts."""
     together: int = Field(default=1, ge=1, le=MAX_POSITIONS)
     """The sessions that it worked on in that time, this one included."""
     link_s: Seconds | None = None

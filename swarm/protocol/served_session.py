@@ -73,6 +73,19 @@ class Compute:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """On computing a result; see :class:`HopTime`."""
+
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+    experts_s: float = 0.0
+    together: int = 1
+
+
+NOTHING_SPENT = Spent()
+
+
+@dataclass(frozen=True)
 class ToClient:
     """Send this to the client."""
 
@@ -195,8 +208,8 @@ class ServedSession:
             case _:
                 raise ProtocolError(f"unexpected message {message.type!r} in a session")
 
-    def computed(self, output: torch.Tensor, queue_s: float, compute_s: float, together: int = 1) -> list[Action]:
-        """The running work is done; `output` is ``[batch, n, hidden]`` on the CPU. The rest is for :class:`HopTime`."""
+    def computed(self, output: torch.Tensor, spent: Spent) -> list[Action]:
+        """The running work is done; `output` is ``[batch, n, hidden]`` on the CPU."""
         work, self._running = self._running, None
         assert work is not None
         if self._discard_running:
@@ -213,7 +226,7 @@ class ServedSession:
                 if self.standby and not self._settled:  # from the first step on, without a replay
                     self._settled = True
                     actions.append(ToClient(Replayed(sequence=step.sequence)))
-                actions += self._send_on(step, output.shape[1], (queue_s, compute_s, together))
+                actions += self._send_on(step, output.shape[1], spent)
             case Replay() as part:
                 actions += self._replay_on(part, output.shape[1])
         return actions + self._next()
@@ -367,8 +380,8 @@ class ServedSession:
         self._waiting_positions -= self._running.hidden_states.shape[:2].numel()
         return [Compute(self._running)]
 
-    def _send_on(self, step: Step, count: int, spent: tuple[float, float, int] = (0.0, 0.0, 1)) -> list[Action]:
-        """Send a step's result on, which is in the history; `spent`: what :meth:`computed` was told of it just now."""
+    def _send_on(self, step: Step, count: int, spent: Spent = NOTHING_SPENT) -> list[Action]:
+        """Send a step's result on, which is in the history; `spent`: on computing it just now."""
         begin, end = step.position, step.position + count
         if self.standby:
             self._withheld.append((step, count))
@@ -380,7 +393,7 @@ class ServedSession:
             if not successor.open:
                 continue
             successor.fresh = False
-            hops = [*step.hops, self._time(successor, *spent)]
+            hops = [*step.hops, self._time(successor, spent)]
             tensors = self._encoded(begin, end)
             if successor.through_client:
                 output = Output(sequence=step.sequence, hops=hops, tensors=[])
@@ -390,14 +403,15 @@ class ServedSession:
                 actions.append(ToSuccessor(successor.link, on, tensors))
         return actions
 
-    def _time(self, successor: _Successor, queue_s: float, compute_s: float, together: int) -> HopTime:
+    def _time(self, successor: _Successor, spent: Spent) -> HopTime:
         request = self._request
         return HopTime(
             start=request.start,
             end=request.end,
-            queue_s=queue_s,
-            compute_s=compute_s,
-            together=together,
+            queue_s=spent.queue_s,
+            compute_s=spent.compute_s,
+            experts_s=spent.experts_s,
+            together=spent.together,
             link_s=None if successor.through_client else successor.link_s or 0.0,
             codec=request.codec,
             degraded=self.degraded,
