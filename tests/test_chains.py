@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import QUESTION, SmolLM2
 from tiny_models import save_tiny_model
+from warm_start import WarmLoopback
 
 from swarm.client import ClientSettings, Network
 from swarm.commands.local_swarm import LocalPeer, LocalSwarm
@@ -197,12 +198,12 @@ def test_an_unknown_codec_or_redundancy_is_refused(connect: Callable[..., Any]) 
         connect("smollm2", redundancy=3)
 
 
-def test_generate_explains_where_the_time_went(swarm: LocalSwarm, servers: list[LocalPeer]) -> None:
-    command = [sys.executable, "-m", "swarm.commands.main", "generate", "smollm2", "--prompt", "The sea"]
+def test_generate_explains_where_the_time_went(warm: WarmLoopback, swarm: LocalSwarm, servers: list[LocalPeer]) -> None:
+    command = ["swarm.commands.main", "generate", "smollm2", "--prompt", "The sea"]
     command += ["--max-new-tokens", "8", "--explain", "--initial-peers", *swarm.initial_peers]
-    for_people = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    for_people = warm.run(*command).stdout
     assert "per second" in for_people and "from the server before" in for_people and "this client" in for_people
-    for_scripts = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True, timeout=120).stdout
+    for_scripts = warm.run(*command, "--json").stdout
     hops = json.loads(for_scripts.splitlines()[-1])["explanation"]["hops"]
     assert [(hop["start"], hop["end"]) for hop in hops] == [(0, 10), (10, 20), (20, 30)]
     assert all(hop["compute_s"] > 0 and hop["network_s"] > 0 and hop["queue_s"] >= 0 for hop in hops)

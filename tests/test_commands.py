@@ -16,18 +16,16 @@ from typing import Any
 import psutil
 import pytest
 from conftest import SmolLM2, obey_ctrl_c
+from warm_start import WarmLoopback
 
 from swarm.commands.local_swarm import LocalSwarm
 
+MAIN = "swarm.commands.main"
 
-def run(*arguments: str, input_: str | None = None, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "swarm.commands.main", *arguments],
-        capture_output=True,
-        text=True,
-        input=input_,
-        timeout=timeout_s,
-    )
+
+def run(*arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    """``swarm …``, started as people start it."""
+    return subprocess.run([sys.executable, "-m", MAIN, *arguments], capture_output=True, text=True, timeout=timeout_s)
 
 
 def last_object(text: str) -> dict[str, Any]:
@@ -165,9 +163,11 @@ def test_generate_prints_the_local_models_text(serving: LocalSwarm, smollm2: Smo
     assert [(leg["start"], leg["end"]) for leg in answer["route"]] == [(0, 20), (20, 30)]
 
 
-def test_chat_answers_every_line_of_a_pipe_as_the_local_model_would(serving: LocalSwarm, smollm2: SmolLM2) -> None:
+def test_chat_answers_every_line_of_a_pipe_as_the_local_model_would(
+    warm: WarmLoopback, serving: LocalSwarm, smollm2: SmolLM2
+) -> None:
     options = ["--initial-peers", *serving.initial_peers, "--max-new-tokens", "10", "--json"]
-    result = run("chat", "smollm2", *options, input_="Name one colour.\nName another.\n/quit\n")
+    result = warm.run(MAIN, "chat", "smollm2", *options, input_="Name one colour.\nName another.\n/quit\n")
     assert result.returncode == 0, result.stderr
     first, second = (json.loads(line) for line in result.stdout.splitlines())
     expected_1 = smollm2.greedy("Name one colour.", 10)
@@ -179,8 +179,8 @@ def test_chat_answers_every_line_of_a_pipe_as_the_local_model_would(serving: Loc
     assert second["answer"] == smollm2.tokenizer.decode(expected_2[0, prompt_2:], skip_special_tokens=True)
 
 
-def test_status_shows_blocks_and_servers(serving: LocalSwarm) -> None:
-    result = run("status", "smollm2", "--initial-peers", *serving.initial_peers, "--json")
+def test_status_shows_blocks_and_servers(warm: WarmLoopback, serving: LocalSwarm) -> None:
+    result = warm.run(MAIN, "status", "smollm2", "--initial-peers", *serving.initial_peers, "--json")
     status = last_object(result.stdout)
     assert result.returncode == 0
     assert status["complete"] is True
@@ -215,32 +215,34 @@ def test_watching_shows_a_server_that_comes_and_one_that_dies_and_ends_with_ctrl
     second.process.kill()
 
 
-def test_status_of_a_model_that_nobody_hosts_says_so(serving: LocalSwarm, tmp_path_factory: Any) -> None:
+def test_status_of_a_model_that_nobody_hosts_says_so(
+    warm: WarmLoopback, serving: LocalSwarm, tmp_path_factory: Any
+) -> None:
     from tiny_models import save_tiny_model
 
     directory = tmp_path_factory.mktemp("lonely")
     save_tiny_model("mistral", directory)
-    result = run("status", str(directory), "--initial-peers", *serving.initial_peers)
+    result = warm.run(MAIN, "status", str(directory), "--initial-peers", *serving.initial_peers)
     assert result.returncode == 3
     assert "INCOMPLETE: no server is online for 4 of 4 blocks: 0–3" in result.stdout
 
 
-def test_digest_writes_a_manifest_that_servers_check(tmp_path_factory: Any) -> None:
+def test_digest_writes_a_manifest_that_servers_check(warm: WarmLoopback, tmp_path_factory: Any) -> None:
     from tiny_models import save_tiny_model
 
     directory = tmp_path_factory.mktemp("digest")
     save_tiny_model("llama", directory)
-    result = run("digest", str(directory), "--write", "--json")
+    result = warm.run(MAIN, "digest", str(directory), "--write", "--json")
     assert result.returncode == 0, result.stderr
     manifest = json.loads((directory / "swarm-digests.json").read_text())
     assert last_object(result.stdout)["blocks"] == manifest["blocks"]
 
 
-def test_errors_are_one_clear_sentence_and_a_code(serving: LocalSwarm) -> None:
+def test_errors_are_one_clear_sentence_and_a_code(warm: WarmLoopback, serving: LocalSwarm) -> None:
     nobody = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWRE8mzAbLiPHb17uqHkoab9NUSjfeswJvYjvTuAVikvKg"
-    result = run("generate", "smollm2", "--initial-peers", nobody, "--prompt", "Hi")
+    result = warm.run(MAIN, "generate", "smollm2", "--initial-peers", nobody, "--prompt", "Hi")
     assert result.returncode == 1
     assert result.stderr.startswith("error: None of the initial peers answered")
     assert "Traceback" not in result.stderr
-    unknown = run("generate", "smollm3000", "--initial-peers", *serving.initial_peers, "--prompt", "Hi")
+    unknown = warm.run(MAIN, "generate", "smollm3000", "--initial-peers", *serving.initial_peers, "--prompt", "Hi")
     assert "There is no model 'smollm3000'" in unknown.stderr

@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import QUESTION, SmolLM2
 from tiny_models import save_tiny_model
+from warm_start import WarmLoopback
 
 from swarm.client import ClientSettings, Network
 from swarm.commands.local_swarm import LocalPeer, LocalSwarm
@@ -398,13 +399,7 @@ def test_no_bootstrap_reachable_is_said_with_every_address(connect: Callable[...
         AutoDistributedModelForCausalLM.from_pretrained(tiny, initial_peers=["example.org:1234"])
 
 
-def run_server(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "swarm.commands.server", *arguments], capture_output=True, text=True, timeout=60
-    )
-
-
-def test_the_server_command_explains_what_is_wrong(tiny: str, swarm: LocalSwarm) -> None:
+def test_the_server_command_explains_what_is_wrong(warm: WarmLoopback, tiny: str, swarm: LocalSwarm) -> None:
     port = swarm.bootstrap.addresses[0].split("/")[4]
     for arguments, expected in [
         (["--memory", "400MiB"], "only 400.0 MiB are allowed"),
@@ -414,10 +409,10 @@ def test_the_server_command_explains_what_is_wrong(tiny: str, swarm: LocalSwarm)
         (["--initial-peers", "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWRE8mzAbLiPHb17uqHkoab9NUSjfeswJvYjvTuAVikvKg"],
          "None of the initial peers answered"),
     ]:  # fmt: skip
-        result = run_server(tiny, *arguments)
+        result = warm.run("swarm.commands.server", tiny, *arguments, timeout_s=60)
         assert (result.returncode, "Traceback" in result.stderr) == (1, False)
         assert expected in result.stderr
-    assert "is not a span" in run_server(tiny, "--blocks", "3:1").stderr
+    assert "is not a span" in warm.run("swarm.commands.server", tiny, "--blocks", "3:1").stderr
 
 
 def test_a_peer_that_does_not_become_ready_is_given_up_with_its_last_words(

@@ -18,6 +18,7 @@ import psutil
 import pytest
 from conftest import obey_ctrl_c
 from hypothesis import HealthCheck, Phase, given, settings
+from warm_start import WarmLoopback
 
 from swarm.commands.local_swarm import LocalPeer, LocalSwarm
 
@@ -308,7 +309,9 @@ def test_it_starts_without_a_bootstrap_says_so_and_joins_when_there_is_one(tmp_p
         dashboard.kill()
 
 
-def test_a_port_that_is_taken_a_bad_address_and_a_bad_history_are_clear_errors(large: Program, tmp_path: Path) -> None:
+def test_a_port_that_is_taken_a_bad_address_and_a_bad_history_are_clear_errors(
+    warm: WarmLoopback, large: Program, tmp_path: Path
+) -> None:
     port = large.url.rstrip("/").rpartition(":")[2]
     nobody = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWRE8mzAbLiPHb17uqHkoab9NUSjfeswJvYjvTuAVikvKg"
     (tmp_path / "letter.txt").write_text("Dear Ada, " * 1000)
@@ -318,12 +321,7 @@ def test_a_port_that_is_taken_a_bad_address_and_a_bad_history_are_clear_errors(l
         (["--initial-peers", "nonsense"], "'nonsense' is not a peer's address"),
         ([*peers, "--port", "0", "--history", history], "The history cannot be kept in"),
     ):
-        result = subprocess.run(
-            [sys.executable, "-m", "swarm.commands.main", "health", *options],
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        result = warm.run("swarm.commands.main", "health", *options, timeout_s=60)
         assert result.returncode == 1
         assert result.stderr.startswith(f"error: {complaint}"), result.stderr
         assert "Traceback" not in result.stderr

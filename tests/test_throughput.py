@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import save_tiny_model
+from warm_start import WarmLoopback
 
 from swarm.client import ClientSettings, Network
 from swarm.commands.local_swarm import LocalSwarm
@@ -198,7 +196,9 @@ async def announced(
         await network.leave()
 
 
-async def test_servers_announce_how_fast_they_and_the_ways_to_each_other_are(swarm: LocalSwarm, tiny: str) -> None:
+async def test_servers_announce_how_fast_they_and_the_ways_to_each_other_are(
+    warm: WarmLoopback, swarm: LocalSwarm, tiny: str
+) -> None:
     peers = await asyncio.to_thread(swarm.start_servers, tiny, ["0:2", "2:4", "2:4"])
     ids = {peer.peer_id for peer in peers}
     found = await announced(swarm, tiny, lambda servers: all(len(one.rtts_s) == 2 for one in servers))
@@ -211,22 +211,12 @@ async def test_servers_announce_how_fast_they_and_the_ways_to_each_other_are(swa
         assert all(0 < rtt < 0.05 for rtt in server.rtts_s.values())
         assert server.upload_bytes_per_s is not None and server.upload_bytes_per_s > 1e5
         assert server.download_bytes_per_s is not None and server.download_bytes_per_s > 1e5
-    status = await asyncio.to_thread(run_status, swarm, tiny)
+    arguments = ["status", tiny, "--json", "--initial-peers", *swarm.initial_peers]
+    status = await asyncio.to_thread(warm.run, "swarm.commands.main", *arguments, COLUMNS="160")
     shown = json.loads(status.stdout.splitlines()[-1])["servers"]
     assert {one["peer_id"]: one["rtts_s"] for one in shown} == {one.peer_id: one.rtts_s for one in found.values()}
     assert "As each server measured itself" in status.stderr
     assert status.stderr.count("Mbit/s") == 6
-
-
-def run_status(swarm: LocalSwarm, model: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "swarm.commands.main", "status", model, "--json"]
-        + ["--initial-peers", *swarm.initial_peers],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, "COLUMNS": "160"},
-    )
 
 
 async def test_a_server_that_is_alone_announces_no_network(swarm: LocalSwarm, tmp_path: Path) -> None:

@@ -18,8 +18,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import IO, Any
 
 from swarm.transport.daemon import die_with_parent
@@ -32,8 +34,9 @@ _PATIENCE_S = 120.0
 class WarmProcess:
     """What tests use of ``subprocess.Popen``."""
 
-    def __init__(self, pid: int, stdout: IO[bytes]) -> None:
-        self.pid, self.stdout = pid, stdout
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.stdout: IO[bytes] | None = None
         self.returncode: int | None = None
         self._ended = threading.Event()
 
@@ -94,17 +97,43 @@ class WarmLoopback:
             return subprocess.Popen(arguments, **options)
         assert options["stdin"] == subprocess.DEVNULL and options["stdout"] == subprocess.PIPE
         mine, its = os.pipe()
-        request = json.dumps({"program": arguments[2], "arguments": arguments[3:], "environment": dict(os.environ)})
-        files = array.array("i", [its, options["stderr"].fileno()])
-        with self._starting:
-            self._ours.sendmsg([request.encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
-            pid = self._started.get(timeout=_PATIENCE_S)
-            process = WarmProcess(pid, os.fdopen(mine, "rb", buffering=0))
-            with self._telling:
-                self._processes[pid] = process
-                if pid in self._codes:
-                    process.ended(self._codes.pop(pid))
+        with Path(os.devnull).open("rb") as nothing:
+            files = [nothing.fileno(), its, options["stderr"].fileno()]
+            process = self._fork(arguments[2], arguments[3:], dict(os.environ), files)
         os.close(its)
+        process.stdout = os.fdopen(mine, "rb", buffering=0)
+        return process
+
+    def run(
+        self, program: str, *arguments: str, input_: str = "", timeout_s: float = 120, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """``python -m program …`` to its end."""
+        with contextlib.ExitStack() as stack:
+            given, out, err = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3))
+            given.write(input_)
+            given.seek(0)
+            files = [file.fileno() for file in (given, out, err)]
+            process = self._fork(program, arguments, {**os.environ, **environment}, files)
+            try:
+                code = process.wait(timeout_s)
+            finally:
+                process.kill()
+            for file in (out, err):
+                file.seek(0)
+            return subprocess.CompletedProcess([program, *arguments], code, out.read(), err.read())
+
+    def _fork(
+        self, program: str, arguments: Sequence[str], environment: Mapping[str, str], files: Sequence[int]
+    ) -> WarmProcess:
+        request = json.dumps({"program": program, "arguments": arguments, "environment": environment})
+        with self._starting:
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))]
+            self._ours.sendmsg([request.encode()], rights)
+            process = WarmProcess(self._started.get(timeout=_PATIENCE_S))
+            with self._telling:
+                self._processes[process.pid] = process
+                if process.pid in self._codes:
+                    process.ended(self._codes.pop(process.pid))
         return process
 
     def close(self) -> None:
@@ -144,15 +173,15 @@ def _serve(control: socket.socket) -> tuple[str, list[str]]:
                 _tell_who_ended(control)
             if control not in ready:
                 continue
-            request, ancillary, _, _ = control.recvmsg(_MOST_BYTES, socket.CMSG_SPACE(2 * 4))
+            request, ancillary, _, _ = control.recvmsg(_MOST_BYTES, socket.CMSG_SPACE(3 * 4))
             if not request:
                 os._exit(0)
-            stdout, stderr = array.array("i", ancillary[0][2])
+            files = array.array("i", ancillary[0][2])
             pid = os.fork()
             if pid == 0:
                 break
-            os.close(stdout)
-            os.close(stderr)
+            for file in files:
+                os.close(file)
             control.send(json.dumps({"pid": pid}).encode())
     asked = json.loads(request)
     signal.set_wakeup_fd(-1)
@@ -164,8 +193,7 @@ def _serve(control: socket.socket) -> tuple[str, list[str]]:
     arm = die_with_parent(parent)
     if arm is not None:
         arm()
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for source, target in ((nothing, 0), (stdout, 1), (stderr, 2)):
+    for target, source in enumerate(files):
         os.dup2(source, target)
         os.close(source)
     os.environ.clear()

@@ -22,8 +22,8 @@ _COMMANDS = {
     "moefy": "turn a dense model into a mixture of experts that gives the same answers",
 }
 
-_WITHOUT_MODELS = {"bootstrap", "health", "simulate"}
-"""Commands that need neither torch nor transformers, or not in this process."""
+_LEAN = {"api", "chat", "digest", "generate", "moefy", "status"}
+"""Commands that need torch and transformers, but not all of them: they leave the whole model to others."""
 
 _EPILOG = """\
 try it:
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = importlib.import_module(f"swarm.commands.{options.command}")
 
     def run() -> int:
-        if options.command not in _WITHOUT_MODELS:
+        if options.command in _LEAN:
             importlib.import_module("swarm.lean_imports")
         return int(command.run(options, output))
 
