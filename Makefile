@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/swarm demo
 
 test: $(VENV)/.installed-test lint
-	$(VENV)/bin/python -m tests.in_two_lanes --durations=15
+	$(VENV)/bin/python -m tests.in_lanes --durations=15
 
 soak: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -m soak --durations=15

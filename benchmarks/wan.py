@@ -1,9 +1,9 @@
 """Three distant servers: decode and prefill over the three networks of the Petals paper, beside what physics allows.
 
-SmolLM2-135M in fp32 on three servers (blocks 0-9, 10-19, 20-29), one computing thread each, on hosts of the
-laboratory (`tests.netlab`); the client and the bootstrap peer have hosts of their own. The networks are those of the
-performance table of Borzunov et al., "Petals" (2022, 2023): 1 Gbit/s and 5 ms, 100 Mbit/s and 5 ms, 100 Mbit/s and
-100 ms of round trip, between any two hosts. *Star*: every hidden state returns to the client (``chain=False``).
+SmolLM2-135M in fp32 on three servers (blocks 0-9, 10-19, 20-29), one computing thread each (see `--threads`), on hosts
+of the laboratory (`tests.netlab`); the client and the bootstrap peer have hosts of their own. The networks are those
+of the performance table of Borzunov et al., "Petals" (2022, 2023): 1 Gbit/s and 5 ms, 100 Mbit/s and 5 ms, 100 Mbit/s
+and 100 ms of round trip, between any two hosts. *Star*: every hidden state returns to the client (``chain=False``).
 *Chain*: servers send straight to one another. Both are open at once, take turns, and must give the same logits, bit
 for bit. Speeds are medians over all steps. Shares of the bound are medians over single steps, each with its own
 computing, and ratios of chain to star medians over turns: a machine that others use changes its speed from minute to
@@ -19,13 +19,14 @@ The bounds assume four journeys, client → 1 → 2 → 3 → client, and nothin
 - decode: the four delays + what the three servers computed + what the client computed (embedding, norm, head). The
   time on the wire (0.2 ms for each journey at 100 Mbit/s) and every message, copy and thread switch are not in it.
 - prefill: the same delays and the client's computing + the longest of three things that are busy all the time in a
-  perfect pipeline: one link (the fp32 hidden states of 512 tokens at its bandwidth), the busiest server (one thread),
+  perfect pipeline: one link (the fp32 hidden states of 512 tokens at its bandwidth), the busiest server,
   and this machine's cores (all three servers on them). How busy a server was is its processor time, which does not
   grow when it has to wait for a core. TCP's slow start is not in it.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import pydoc_data.topics
 import statistics
@@ -110,7 +111,9 @@ class Mode:
 
 def main() -> None:
     """Run the benchmark."""
-    report = Report.from_command_line(__doc__ or "")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each server (default: 1)")
+    report, options = Report.with_options(parser)
     if (reason := netlab_available()) is not None:
         sys.exit(f"This benchmark needs a laboratory of network namespaces, which this machine cannot have: {reason}.")
     torch.set_num_threads(1)
@@ -123,7 +126,14 @@ def main() -> None:
         report.progress("starting three servers")
         servers = [
             swarm.start_server(
-                "smollm2", "--blocks", span, "--threads", "1", "--no-prompt-reuse", wait=False, host=lab.host(host)
+                "smollm2",
+                "--blocks",
+                span,
+                "--threads",
+                str(options.threads),
+                "--no-prompt-reuse",
+                wait=False,
+                host=lab.host(host),
             )
             for span, host in zip(_SPANS, _SERVERS, strict=True)
         ]
@@ -134,6 +144,7 @@ def main() -> None:
         figures: dict[str, Any] = {
             "tcp_congestion_control": (_SYSCTL / "tcp_congestion_control").read_text().strip(),
             "tcp_slow_start_after_idle": int((_SYSCTL / "tcp_slow_start_after_idle").read_text()),
+            "threads": options.threads,
             "load_before": load_before,
         }
         for network in NETWORKS:
@@ -141,7 +152,7 @@ def main() -> None:
             for index, source in enumerate(hosts):
                 for target in hosts[index + 1 :]:
                     lab.set_link(source, target, network.link)
-            figures |= _measure(network, modes, processes, report)
+            figures |= _measure(network, modes, processes, options.threads, report)
         for mode in modes:
             mode.session.close()
             mode.model.disconnect()
@@ -151,7 +162,9 @@ def main() -> None:
     report.finish(figures)
 
 
-def _measure(network: Network, modes: list[Mode], servers: list[psutil.Process], report: Report) -> dict[str, Any]:
+def _measure(
+    network: Network, modes: list[Mode], servers: list[psutil.Process], threads: int, report: Report
+) -> dict[str, Any]:
     """All cells of one network."""
     steps, prefills = (8, 2) if report.quick else (32, 7)
     text = _text(modes[0])
@@ -159,7 +172,7 @@ def _measure(network: Network, modes: list[Mode], servers: list[psutil.Process],
     figures: dict[str, Any] = {}
     for mode in modes:
         mode.advance(text[:, :16], since=0)  # dials, and meets the new link
-    figures |= _prefill_figures(network, modes, text[:, :_PREFILL], servers, prefills)
+    figures |= _prefill_figures(network, modes, text[:, :_PREFILL], servers, threads, prefills)
     report.progress(f"{network.title}: prefill of {_PREFILL} tokens: {_spoken(figures, key, 'prefill_tokens_per_s')}")
     for context in sorted(_CONTEXTS, reverse=True):  # the longest goes on after the prefill, the others roll back
         figures |= _decode_figures(network, context, _decode(modes, text[:, :context], steps // _TURN))
@@ -174,7 +187,7 @@ def _measure(network: Network, modes: list[Mode], servers: list[psutil.Process],
 
 
 def _prefill_figures(
-    network: Network, modes: list[Mode], ids: torch.Tensor, servers: list[psutil.Process], rounds: int
+    network: Network, modes: list[Mode], ids: torch.Tensor, servers: list[psutil.Process], threads: int, rounds: int
 ) -> dict[str, float]:
     """The first round only warms up."""
     seconds: dict[str, list[float]] = {"chain": [], "star": [], "bound": []}
@@ -184,10 +197,11 @@ def _prefill_figures(
         for mode in modes:
             before = _processor_times_s(servers)
             logits[mode.name], call = mode.advance(ids, since=0)
-            used_s = [after - earlier for after, earlier in zip(_processor_times_s(servers), before, strict=True)]
+            after = _processor_times_s(servers)
+            used_s = [now - earlier for now, earlier in zip(after, before, strict=True)]
             seconds[mode.name].append(call.total_s)
             if mode.name == "chain":
-                busiest_s = max(transfer_s, *used_s, sum(used_s) / _CORES)
+                busiest_s = max(transfer_s, *(one / threads for one in used_s), sum(used_s) / _CORES)
                 seconds["bound"].append(_JOURNEYS * network.link.delay_s + call.client_s + busiest_s)
         _check_equal(logits)
     figures = {

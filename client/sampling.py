@@ -15,6 +15,8 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from swarm.errors import ServerFault
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -83,8 +85,14 @@ class Sampler:
         self._processors = _processors(sampling)
 
     def choose(self, logits: torch.Tensor) -> Choice:
-        """The next token, for the ``[vocabulary]`` logits of the position before it."""
+        """The next token, for the ``[vocabulary]`` logits of the position before it.
+
+        Raises:
+            ServerFault: they are no numbers, so neither is what the servers computed.
+        """
         logits = logits.to("cpu", torch.float32)
+        if not bool(logits.max().isfinite()):  # NaN is the greatest of all
+            raise ServerFault("the servers' results are no numbers (NaN or infinite)")
         scores = self._adjusted(logits).unsqueeze(0)
         if self._processors:
             scores = self._processors(self._ids, scores)

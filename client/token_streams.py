@@ -20,6 +20,7 @@ from swarm.client.network import Network
 from swarm.client.remote_layers import RemoteLayers
 from swarm.client.sampling import Choice, Sampler, Sampling
 from swarm.client.timing import StepTiming
+from swarm.errors import SwarmError
 from swarm.models import Checkpoint, load_shell
 from swarm.protocol.tensors import dtype_name
 
@@ -110,6 +111,7 @@ class TokenStreams:
 
         Raises:
             NoRoute, NoRoom, ExpertsMissing: see :meth:`swarm.client.session.Session.step`.
+            ServerFault: what servers computed are no numbers.
         """
         stops = self.stop_tokens if stop_tokens is None else stop_tokens
         ids = torch.tensor([list(prompt)])
@@ -187,7 +189,7 @@ class TokenStreams:
         for turn, row in zip(turns, logits, strict=True):
             try:
                 choices.append(turn.sampler.choose(row))
-            except (RuntimeError, ValueError, IndexError) as error:  # logits that are no numbers, say
+            except (SwarmError, RuntimeError, ValueError, IndexError) as error:
                 choices.append(error)
         tokens = torch.tensor([[choice.token if isinstance(choice, Choice) else 0] for choice in choices])
         entering = self._entering(tokens, torch.tensor([[turn.position] for turn in turns])).unsqueeze(1)

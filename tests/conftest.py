@@ -17,7 +17,7 @@ from typing import Any
 import hypothesis  # noqa: F401  (CPython 3.11.7 cannot compile it as late as pytest's summary, where its plugin imports it)
 import pytest
 import torch
-from in_two_lanes import PARTS, SHARED_HOME, taking_turns
+from in_lanes import PARTS, SHARED_HOME, taking_turns
 from tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from warm_start import WarmLoopback
@@ -36,13 +36,13 @@ _LIVE_NAMES = {"LocalSwarm", "Node", "Laboratory", "subprocess"}
 """What uses one of them starts processes, or opens sockets."""
 _PATIENT_MODULES = {
     "test_chat_page", "test_commands", "test_docker", "test_expert_servers", "test_families_over_processes",
-    "test_gateway", "test_health",
+    "test_gateway", "test_generation", "test_health", "test_quantization",
 }  # fmt: skip
 """Nothing in them is timed to a fraction of a second."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--part", choices=PARTS, help="run only a part: see tests/in_two_lanes.py")
+    parser.addoption("--part", choices=PARTS, help="run only a part: see tests/in_lanes.py")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -16,6 +16,7 @@ from swarm.api.queue import Queue, QueueFull
 from swarm.api.text_pieces import TextPieces
 from swarm.client import Sampling
 from swarm.client.sampling import Sampler
+from swarm.errors import ServerFault
 from swarm.models import open_checkpoint
 
 
@@ -106,6 +107,14 @@ def test_penalties_biases_and_probabilities() -> None:
     for wrong in ({"temperature": -1}, {"top_p": 0}, {"top_k": -1}, {"min_p": 2}, {"repetition_penalty": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Sampling(**wrong)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_results_that_are_no_numbers_are_the_servers_fault(temperature: float, bad: float) -> None:
+    sampler = Sampler(Sampling(temperature=temperature), torch.tensor([0]))
+    with pytest.raises(ServerFault, match="are no numbers"):
+        sampler.choose(torch.tensor([0.5, bad, 1.0]))
 
 
 async def test_callers_take_turns() -> None:
