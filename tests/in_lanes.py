@@ -19,7 +19,7 @@ from pathlib import Path
 
 SHARED_HOME = "SWARM_TESTS_HOME"
 """The environment variable that names the directory where all keep what is computed once."""
-_BESIDE = {"patient": 0, "others": 19}
+_BESIDE = {"patient": 0, "others": 9}
 """Parts that run beside ``live``, and how nice each is to be."""
 PARTS = ("live", *_BESIDE)
 _TELL_EVERY_S = 30.0
