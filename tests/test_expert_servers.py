@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -239,18 +240,19 @@ def test_many_users_share_servers_of_experts(warm: WarmLoopback, mixtral: str, w
 
 
 async def until_heard(swarm: LocalSwarm, model: str, chosen: dict[int, torch.Tensor]) -> None:
-    """Wait until servers of experts announce that they were asked for experts so often (a byte is exact to 5%)."""
-    expected = {block: pytest.approx((1 + counts).tolist(), rel=0.06) for block, counts in chosen.items()}
+    """Wait until servers of experts announce that they were asked for experts so often, to the 5% of a byte, and not
+    twice as often: what a step asked for before it found that another expert was missing is asked for again."""
     network = await Network.join(ClientSettings(initial_peers=tuple(swarm.initial_peers)))
     try:
         deadline = time.monotonic() + 15
         while True:
             hosts = await network.experts(open_checkpoint(model).model_digest)
             demand = ExpertDemand.told((one.tokens_lately for one in hosts), dict.fromkeys(chosen, 4))
-            told = {block: (1 + counts).tolist() for block, counts in demand.chosen.items()}
-            if told == expected:
+            told = {block: demand.chosen.get(block, np.zeros(4)) for block in chosen}
+            shares = [(1 + told[block]) / (1 + counts.numpy()) for block, counts in chosen.items()]
+            if np.min(shares) > 0.93 and np.max(shares) < 2:
                 return
-            assert time.monotonic() < deadline, f"{told}, not {expected}"
+            assert time.monotonic() < deadline, f"{told}, not {chosen}"
             await asyncio.sleep(0.2)
     finally:
         await network.leave()
