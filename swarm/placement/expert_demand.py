@@ -57,10 +57,10 @@ class ExpertDemand:
         chosen: dict[int, Floats] = {}
         for one in told:
             for block, tokens in one.items():
-                count = experts.get(block, 0)
-                counts = chosen.setdefault(block, np.zeros(count)) if count else np.zeros(0)
-                for expert in sorted(tokens.keys() & range(count)):
-                    counts[expert] += tokens[expert]
+                if count := experts.get(block, 0):
+                    counts = chosen.setdefault(block, np.zeros(count))
+                    for expert in tokens.keys() & range(count):
+                        counts[expert] += tokens[expert]
         return cls(chosen)
 
     def shares(self, block: int, experts: int) -> Floats:
