@@ -30,7 +30,8 @@ function colours() {
   };
 }
 
-const shade = (palette, copies) => palette.copies[Math.min(copies, 4)];
+/** The colour for what so many servers host. */
+export const byCopies = (palette, copies) => palette.copies[Math.min(copies, 4)];
 
 /** One cell a block, coloured by how many servers it has. */
 export function drawStrip(canvas, copies) {
@@ -39,7 +40,7 @@ export function drawStrip(canvas, copies) {
   const cell = width / copies.length;
   const gap = cell > 5 ? 1 : 0;
   copies.forEach((number, block) => {
-    pen.fillStyle = shade(palette, number);
+    pen.fillStyle = byCopies(palette, number);
     const left = Math.round(block * cell);
     pen.fillRect(left, number === 0 ? 0 : 3, Math.max(1, Math.round((block + 1) * cell) - left - gap), number === 0 ? 16 : 10);
   });
@@ -85,7 +86,7 @@ function drawHistogram(pen, copies, x, palette, cell) {
   copies.forEach((number, block) => {
     const left = x(block);
     const wide = Math.max(1, x(block + 1) - left - (cell > 5 ? 1 : 0));
-    pen.fillStyle = shade(palette, number);
+    pen.fillStyle = byCopies(palette, number);
     if (number === 0) {
       pen.globalAlpha = 0.22;
       pen.fillRect(left, 0, wide, HISTOGRAM_PX);
@@ -169,9 +170,6 @@ function hatch(pen, left, top, wide, tall, colour) {
   pen.stroke();
   pen.restore();
 }
-
-/** The colour for an expert that so many servers of experts host. */
-export const byCopies = (palette, copies) => shade(palette, copies);
 
 /** The colour for an expert that is asked for so often: full for the one that is asked for most. */
 export const byDemand = (palette, share, most) =>
