@@ -46,7 +46,9 @@ class Watched:
 
     def is_wider_than_its_window(self) -> bool:
         """Whether one has to scroll sideways."""
-        return bool(self.page.evaluate("() => document.documentElement.scrollWidth > window.innerWidth"))
+        # Not of `innerWidth`: on a phone that grows with what is too wide.
+        root = "document.documentElement"
+        return bool(self.page.evaluate(f"() => {root}.scrollWidth > {root}.clientWidth"))
 
 
 @contextlib.contextmanager
