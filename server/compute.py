@@ -12,22 +12,11 @@ from typing import Any, TypeVar
 
 import torch
 
+from swarm.protocol.served_session import Spent
 from swarm.server.schedule import Waiting, choose
 
 T = TypeVar("T")
 W = TypeVar("W")
-
-
-@dataclass(frozen=True)
-class Timed:
-    """How long a piece of work waited, and how long it took, in seconds."""
-
-    queue_s: float
-    compute_s: float
-    together: int
-    """Works that took this long together."""
-    elsewhere_s: float = 0.0
-    """Of the time that it took: other machines were waited for."""
 
 
 @dataclass(eq=False)
@@ -48,17 +37,17 @@ class ComputeThread:
         self._soon: list[Callable[[], object]] = []
         self._changed = threading.Condition()
         self._stopped = False
-        self._elsewhere_s = 0.0
+        self._experts_s = 0.0
         self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
         self._thread.start()
 
-    async def run(self, work: Callable[[], T]) -> tuple[T, Timed]:
+    async def run(self, work: Callable[[], T]) -> tuple[T, Spent]:
         """Run `work` on the thread. If the caller is cancelled, work that has begun still finishes."""
         return await self.run_with_others(work, lambda works: [one() for one in works], Waiting())
 
     async def run_with_others(
         self, work: W, run: Callable[[Sequence[W]], Sequence[T | Exception]], waiting: Waiting
-    ) -> tuple[T, Timed]:
+    ) -> tuple[T, Spent]:
         """Run ``run([work])``, or as one call with works of the same group that wait at the same time.
 
         Args:
@@ -69,9 +58,9 @@ class ComputeThread:
 
     def begin(
         self, work: W, run: Callable[[Sequence[W]], Sequence[T | Exception]], waiting: Waiting
-    ) -> asyncio.Future[tuple[T, Timed]]:
+    ) -> asyncio.Future[tuple[T, Spent]]:
         """Likewise, without waiting for the result."""
-        future: asyncio.Future[tuple[T, Timed]] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[tuple[T, Spent]] = asyncio.get_running_loop().create_future()
         with self._changed:
             self._jobs.append(_Job(waiting, work, run, future, time.perf_counter()))
             self._changed.notify()
@@ -85,7 +74,7 @@ class ComputeThread:
 
     def waited(self, seconds: float) -> None:
         """Called by work, on the thread: it has waited so long for other machines."""
-        self._elsewhere_s += seconds
+        self._experts_s += seconds
 
     def stop(self) -> None:
         """Drop what has not begun."""
@@ -105,16 +94,16 @@ class ComputeThread:
         after_together = False
         while jobs := self._next(after_together):
             after_together = jobs[0].waiting.group is not None
-            begun, self._elsewhere_s = time.perf_counter(), 0.0
+            begun, self._experts_s = time.perf_counter(), 0.0
             try:
                 results = jobs[0].run([job.work for job in jobs])
             except BaseException as error:
                 results = [error] * len(jobs)
             took_s = time.perf_counter() - begun
-            timed = [Timed(begun - job.submitted, took_s, len(jobs), self._elsewhere_s) for job in jobs]
+            spent = [Spent(begun - job.submitted, took_s, self._experts_s, len(jobs)) for job in jobs]
             told = [
                 (job.future, result if isinstance(result, BaseException) else (result, how_long))
-                for job, result, how_long in zip(jobs, results, timed, strict=True)
+                for job, result, how_long in zip(jobs, results, spent, strict=True)
             ]
             _tell(told)
 

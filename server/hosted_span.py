@@ -17,6 +17,7 @@ from tqdm import tqdm
 from swarm import __version__
 from swarm.dht import precision_name
 from swarm.models import Checkpoint, Span, load_span
+from swarm.models.experts import RoutedTables
 from swarm.models.paged_cache import PagePool
 from swarm.models.pages import pages_for
 from swarm.models.together import Together, prepare_span
@@ -48,6 +49,8 @@ class HostedSpan:
     speed: ComputeSpeed
     block_digests: tuple[str, ...]
     """As they are announced."""
+    routed: RoutedTables
+    """Blocks whose routed experts are not all here, and those of them that are."""
     reused: int = 0
     """So many of the blocks were in memory already."""
 
@@ -69,12 +72,14 @@ def load_hosted_span(
     start: int,
     end: int,
     *,
+    routed: RoutedTables,
     reuse: Mapping[int, nn.Module],
     abandoned: threading.Event,
 ) -> HostedSpan:
     """Load blocks ``[start, end)`` and all that belongs to them. Called on the compute thread only.
 
     Args:
+        routed: of these blocks, those whose routed experts are not all to be here, and those of them that are.
         reuse: layers that are in memory already; see :func:`swarm.models.load_span`.
         abandoned: when it is set, loading ends soon.
 
@@ -83,7 +88,11 @@ def load_hosted_span(
         LoadAbandoned: as asked.
     """
     checkpoint = prepared.checkpoint
-    total = sum(checkpoint.block_elements(block) for block in range(start, end) if block not in reuse)
+    read = [block for block in range(start, end) if block not in reuse]
+    elsewhere = {
+        block: table.elements_of_one(checkpoint) * (table.count - len(kept)) for block, (table, kept) in routed.items()
+    }
+    total = sum(checkpoint.block_elements(block) - elsewhere.get(block, 0) for block in read)
 
     def go_on(elements: int = 0) -> None:
         if abandoned.is_set():
@@ -103,7 +112,7 @@ def load_hosted_span(
             quantization=settings.quantization,
             offloaded_blocks=prepared.plan.offloaded_blocks,
             reuse=reuse,
-            routed={block: prepared.routed[block] for block in range(start, end) if block in prepared.routed},
+            routed=routed,
             on_elements=go_on,
         )
         digests = checkpoint.digests.blocks if checkpoint.files.paths else ()
@@ -119,7 +128,7 @@ def load_hosted_span(
     go_on()
     speed = _speed_of(span, together, checkpoint, settings)
     short = tuple(digest[:_DIGEST_DIGITS] for digest in digests[start:end])
-    return HostedSpan(span, pool, together, speed, short, sum(start <= block < end for block in reuse))
+    return HostedSpan(span, pool, together, speed, short, routed, sum(start <= block < end for block in reuse))
 
 
 def free_memory() -> None:

@@ -16,6 +16,7 @@ from swarm.placement import Move
 from swarm.protocol.messages import LINK_PROTOCOL, STREAM_PROTOCOL
 from swarm.server.compute import ComputeThread
 from swarm.server.experts.dispatch import ExpertDispatch
+from swarm.server.experts.own import OwnExperts
 from swarm.server.hosted_span import HostedSpan, free_memory, load_hosted_span
 from swarm.server.membership import fail_with_daemon, membership
 from swarm.server.neighbours import NetworkSpeed
@@ -44,6 +45,7 @@ class Server:
         self._compute = ComputeThread(settings.threads)
         self._leave = asyncio.Event()
         self._hosted: HostedSpan | None = None
+        self._own_experts: OwnExperts | None = None
         self._experts: ExpertDispatch | None = None
         self._abandoned = threading.Event()
 
@@ -96,6 +98,7 @@ class Server:
                     tasks.create_task(fail_with_daemon(node)),
                 ]
                 checkpoint = self._prepared.checkpoint
+                self._own_experts = OwnExperts(self._prepared, directory)
                 if self._prepared.routed:
                     self._experts = ExpertDispatch(
                         node,
@@ -150,16 +153,18 @@ class Server:
     async def _load(self, presence: Presence, reuse: Mapping[int, nn.Module]) -> None:
         """Load the span that `presence` announces."""
         start, end = presence.bounds
+        assert self._own_experts is not None
+        presence.routed = routed = await self._own_experts.choose(presence.bounds, reuse)
 
         def load() -> HostedSpan:
             return load_hosted_span(
-                self._prepared, self._settings, start, end, reuse=reuse, abandoned=self._abandoned
-            )  # fmt: skip
+                self._prepared, self._settings, start, end, routed=routed, reuse=reuse, abandoned=self._abandoned
+            )
 
         hosted, _ = await self._compute.run(load)
         logger.info("%d of %d blocks were in memory already", hosted.reused, end - start)
-        for routed in routed_experts(hosted.span.layers):
-            routed.elsewhere = self._experts
+        for module in routed_experts(hosted.span.layers):
+            module.elsewhere = self._experts
         presence.table = hosted.new_table(self._prepared, self._settings)
         presence.speed, presence.block_digests = hosted.speed, hosted.block_digests
         self._hosted = hosted

@@ -41,6 +41,8 @@ class MemoryPlan:
     """Of the blocks to host, so many are read from disk at every step."""
     window_blocks: int = 0
     """For them, there is memory for so many of the largest."""
+    expert_bytes: int = 0
+    """For routed experts, of which as many are held as fit."""
 
     @property
     def kept_bytes(self) -> int:
@@ -52,7 +54,7 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        return PROCESS_BYTES + WORKING_BYTES + self.weight_bytes + self.kv_bytes + self.kept_bytes
+        return PROCESS_BYTES + WORKING_BYTES + self.weight_bytes + self.expert_bytes + self.kv_bytes + self.kept_bytes
 
     @property
     def offloaded_bytes(self) -> int:
@@ -70,6 +72,7 @@ class MemoryPlan:
             ("memory allowed", self.memory_bytes, self.memory_from),
             ("program, buffers", PROCESS_BYTES + WORKING_BYTES, "torch, p2pd, activations in flight"),
             ("weights", self.weight_bytes, weights),
+            ("routed experts", self.expert_bytes, "whole blocks, then those that are asked for most; no more fit"),
             ("KV cache, at most", self.kv_bytes, f"{self.kv_tokens:,} positions, {size(per_block)} per block"),
             ("kept activations", self.kept_bytes, "at most: for recovery, and for prompts that begin alike"),
             ("total, at most", self.total_bytes, ""),
@@ -90,11 +93,13 @@ def make_plan(
     kv_tokens: int | None = None,
     kept_bytes_per_position: int = 0,
     window_blocks: int = 0,
+    expert_bytes: Sequence[int] = (),
+    largest_expert_bytes: int = 1,
 ) -> MemoryPlan:
     """Choose how many blocks and how much KV cache to hold.
 
-    If blocks may be read from disk at every step, memory goes to blocks first, which speeds up every step, and only
-    what is left goes to more than the least KV cache.
+    If blocks may be read from disk at every step, or experts be computed elsewhere, memory goes to weights first, which
+    speeds up every step, and only what is left goes to more than the least KV cache.
 
     Args:
         block_bytes: the weights of every block of the model, in memory.
@@ -105,6 +110,9 @@ def make_plan(
         kept_bytes_per_position: of the activations that are kept, if that is the same memory.
         window_blocks: blocks that do not fit may be read from disk at every step, through memory for so many;
             as many blocks as fit are then those whose KV cache fits. 0: all blocks must fit.
+        expert_bytes: of every block, the routed experts, which `block_bytes` leaves out and of which as many are to be
+            held as fit. Only with `blocks` or `num_blocks`.
+        largest_expert_bytes: a single expert; room for less than one is used for KV cache.
 
     Raises:
         InsufficientMemory: it does not fit; says how much is missing and what would fit.
@@ -120,7 +128,7 @@ def make_plan(
         fitting = max(fitting, min(model_blocks, max(0, spare) // (least_tokens * kv_bytes_per_block)))
     wanted = (blocks[1] - blocks[0]) if blocks else num_blocks
     count = max(fitting, 1) if wanted is None else wanted
-    weights = sum(block_bytes[slice(*blocks)]) if blocks else count * largest
+    weights = _bytes_of(block_bytes, blocks, count)
     hosted_largest = max(block_bytes[slice(*blocks)]) if blocks else largest
     room = usable - least_kept - least_tokens * kv_bytes_per_block * count
     offloaded = 0
@@ -140,7 +148,11 @@ def make_plan(
             + f"Allow more with --memory, {'offer fewer --kv-tokens, ' if kv_tokens and weights < usable else ''}"
             + "host fewer blocks, or choose a smaller --dtype."
         )
-    affordable = (usable - weights) // (kv_bytes_per_block * count + kept_bytes_per_position)
+    experts = 0
+    if expert_bytes:
+        spare = usable - needed
+        experts = min(spare - spare % largest_expert_bytes, _bytes_of(expert_bytes, blocks, count))
+    affordable = (usable - weights - experts) // (kv_bytes_per_block * count + kept_bytes_per_position)
     return MemoryPlan(
         memory_bytes=memory_bytes,
         memory_from=memory_from,
@@ -153,7 +165,13 @@ def make_plan(
         kept_bytes_per_token=kept_bytes_per_position,
         offloaded_blocks=offloaded,
         window_blocks=window_blocks if offloaded else 0,
+        expert_bytes=experts,
     )
+
+
+def _bytes_of(block_bytes: Sequence[int], blocks: tuple[int, int] | None, count: int) -> int:
+    """Of the span `blocks`, or of any `count` of them, at most."""
+    return sum(block_bytes[slice(*blocks)]) if blocks else count * max(block_bytes)
 
 
 def size(count: int, *, round_up: bool = False) -> str:

@@ -28,7 +28,13 @@ class Prepared:
     dtype: torch.dtype
     plan: MemoryPlan
     routed: RoutedTables = field(default_factory=dict)
-    """Blocks whose routed experts are not all hosted here, and those of them that are."""
+    """Blocks whose routed experts are not all hosted here, and those of them that are for certain."""
+    experts_as_fit: bool = False
+    """Besides, as many of them as the plan has room for."""
+
+    def expert_bytes(self, block: int) -> int:
+        """What one routed expert of `block`, which is one of `routed`, occupies."""
+        return self.routed[block][0].elements_of_one(self.checkpoint) * self.dtype.itemsize
 
 
 def prepare(settings: ServerSettings) -> Prepared:
@@ -54,7 +60,13 @@ def prepare(settings: ServerSettings) -> Prepared:
     memory_bytes, memory_from = allowed_memory(device, settings.memory_bytes)
     if settings.quantization is not None:
         _check_quantization(settings.quantization, checkpoint, device, offload=settings.offload)
-    routed = _routed(settings, checkpoint)
+    routed, as_fit = _routed(settings, checkpoint), settings.experts is not None and settings.experts.as_many_as_fit
+    if as_fit and settings.blocks is None and settings.num_blocks is None:
+        raise ValueError(
+            "--experts auto gives experts the memory that blocks leave: say how many blocks, with --blocks A:B or "
+            "--num-blocks N (or host experts only: --role experts)"
+        )
+    expert_sizes = {block: table.elements_of_one(checkpoint) * dtype.itemsize for block, (table, _) in routed.items()}
     plan = make_plan(
         [
             _block_bytes(checkpoint, block, settings.quantization, dtype, routed)
@@ -68,8 +80,15 @@ def prepare(settings: ServerSettings) -> Prepared:
         kv_tokens=settings.kv_tokens,
         kept_bytes_per_position=_KEPT_COPIES * checkpoint.hidden_size * dtype.itemsize if device.type == "cpu" else 0,
         window_blocks=WINDOW_BLOCKS if settings.offload else 0,
+        expert_bytes=[
+            routed[block][0].count * expert_sizes[block] if block in routed else 0
+            for block in range(checkpoint.num_blocks)
+        ]
+        if as_fit
+        else (),
+        largest_expert_bytes=max(expert_sizes.values(), default=1),
     )
-    return Prepared(checkpoint, device, dtype, plan, routed)
+    return Prepared(checkpoint, device, dtype, plan, routed, as_fit)
 
 
 def _routed(settings: ServerSettings, checkpoint: Checkpoint) -> RoutedTables:

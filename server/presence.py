@@ -26,7 +26,8 @@ class Presence:
         tentative: it may still choose another one, before it has loaded any.
         table: of its sessions; None while nothing is loaded.
         speed: as measured last: of the span before while it loads another.
-        experts: those of its blocks that are elsewhere.
+        routed: blocks whose routed experts are not all here, and those of them that are.
+        experts: those that are elsewhere.
     """
 
     def __init__(self, settings: ServerSettings, prepared: Prepared, node: Node, directory: Directory) -> None:
@@ -47,6 +48,7 @@ class Presence:
         self.table: SessionTable | None = None
         self.speed: ComputeSpeed | None = None
         self.network = NetworkSpeed()
+        self.routed = prepared.routed
         self.experts: ExpertDispatch | None = None
 
     @property
@@ -73,7 +75,7 @@ class Presence:
 
     def _announcement(self, addresses: tuple[str, ...]) -> Announcement:
         checkpoint, (start, end) = self._prepared.checkpoint, self.bounds
-        routed = {block: kept for block, (_, kept) in self._prepared.routed.items() if start <= block < end}
+        routed = {block: kept for block, (_, kept) in self.routed.items() if start <= block < end}
         elsewhere_s = len(routed) * self.experts.usual_s if self.experts is not None else 0.0
         speed = self.speed.slowed(elsewhere_s) if self.speed else None
         decode = dict(speed.decode_steps_per_s) if speed else {}

@@ -36,7 +36,7 @@ from swarm.protocol.served_session import (
 )
 from swarm.protocol.tensors import dtype_name
 from swarm.protocol.wire import Wire
-from swarm.server.compute import ComputeThread, Timed
+from swarm.server.compute import ComputeThread
 from swarm.server.crowd import Crowd
 from swarm.server.experts.dispatch import ExpertDispatch
 from swarm.server.links import OutgoingLink
@@ -164,7 +164,7 @@ class StreamServer:
 
     def begin(
         self, table: SessionTable, held: HeldSession, work: Work, *, can_wait: bool
-    ) -> asyncio.Future[tuple[torch.Tensor, Timed]]:
+    ) -> asyncio.Future[tuple[torch.Tensor, Spent]]:
         """Have `work` computed for a session of `table`; wait for it with :meth:`result`.
 
         Raises:
@@ -178,8 +178,8 @@ class StreamServer:
         return begun
 
     async def complete(
-        self, table: SessionTable, held: HeldSession, work: Work, begun: asyncio.Future[tuple[torch.Tensor, Timed]]
-    ) -> tuple[torch.Tensor, Timed]:
+        self, table: SessionTable, held: HeldSession, work: Work, begun: asyncio.Future[tuple[torch.Tensor, Spent]]
+    ) -> tuple[torch.Tensor, Spent]:
         """The result of what was begun; if it lacks experts, it is begun again when they have come, or without them.
 
         Raises:
@@ -209,7 +209,7 @@ class StreamServer:
         finally:
             held.leaves_out = None
 
-    async def _result(self, begun: asyncio.Future[tuple[torch.Tensor, Timed]]) -> tuple[torch.Tensor, Timed]:
+    async def _result(self, begun: asyncio.Future[tuple[torch.Tensor, Spent]]) -> tuple[torch.Tensor, Spent]:
         try:
             return await begun
         except (RuntimeError, ValueError, IndexError, MemoryError) as error:
@@ -363,10 +363,10 @@ class SessionStream:
         else:
             self._computing = (begun, self._tasks.create_task(self._send_result(work, begun)))
 
-    async def _send_result(self, work: Work, begun: asyncio.Future[tuple[torch.Tensor, Timed]]) -> None:
+    async def _send_result(self, work: Work, begun: asyncio.Future[tuple[torch.Tensor, Spent]]) -> None:
         assert self._session is not None and self._table is not None and self._held is not None
         try:
-            output, timed = await self._server.complete(self._table, self._held, work, begun)
+            output, spent = await self._server.complete(self._table, self._held, work, begun)
         except RemoteError as error:
             actions = self._session.failed(error)
         else:
@@ -375,7 +375,6 @@ class SessionStream:
             for number, (link, _) in self._links.items():
                 self._session.link_measured(number, link.one_way_s)
             self._session.degraded = self._held.is_degraded
-            spent = Spent(timed.queue_s, timed.compute_s, timed.elsewhere_s, timed.together)
             actions = self._session.computed(output, spent)
         self._act(actions)
         await self._flush()

@@ -37,6 +37,9 @@ from swarm.protocol.messages import (
     Ping,
     Refusal,
 )
+from swarm.server.experts.wanted import WantedExperts
+from swarm.server.preparation import prepare
+from swarm.server.settings import ServerSettings
 from swarm.transport.node import Node
 from swarm.transport.watched_stream import WatchedStream
 
@@ -236,12 +239,42 @@ def test_many_users_share_servers_of_experts(warm: WarmLoopback, mixtral: str, w
         assert answers == [whole.generate(prompt, **options)[0].tolist() for prompt in prompts]
         for hook in hooks:
             hook.remove()
-        asyncio.run(until_heard(swarm, mixtral, chosen))
+        shares = asyncio.run(until_heard(swarm, mixtral, chosen))
+        holds_what_is_asked_for_most(swarm, mixtral, shares)
 
 
-async def until_heard(swarm: LocalSwarm, model: str, chosen: dict[int, torch.Tensor]) -> None:
+def holds_what_is_asked_for_most(swarm: LocalSwarm, model: str, shares: dict[int, np.ndarray]) -> None:
+    """A server of blocks that may choose its own experts takes a whole block, and of the others the hottest."""
+    settings = ServerSettings(model, blocks=(0, 4), experts=WantedExperts.parse("auto"), memory_bytes=1 << 40)
+    prepared = prepare(settings)
+    plan, one_bytes = prepared.plan, prepared.expert_bytes(0)
+    least = (
+        plan.total_bytes
+        - plan.expert_bytes
+        - (plan.kv_tokens - 2048) * (plan.kv_bytes_per_token + plan.kept_bytes_per_token)
+    )
+    memory = f"{least + int(6.9 * one_bytes)}B"
+    server = swarm.start_server(model, "--blocks", "0:4", "--experts", "auto", "--memory", memory, "--threads", "1")
+    assert server.ready is not None
+    kept = {int(block): frozenset(experts) for block, experts in server.ready["kept_experts"].items()}
+    assert kept.keys() == {1, 2, 3}, "of the first block, everything is here"
+    assert sum(map(len, kept.values())) == 2
+    here = [shares[block][expert] for block in kept for expert in kept[block]]
+    elsewhere = [shares[block][expert] for block in kept for expert in {0, 1, 2, 3} - kept[block]]
+    assert min(here) > 0.8 * max(elsewhere), "to the coarseness of what is announced, and of when"
+    swarm.servers[0].kill()
+    client = connected(swarm, model)
+    assert answer(client) == answer(tiny_model("mixtral").eval())
+    client.disconnect()
+
+
+async def until_heard(swarm: LocalSwarm, model: str, chosen: dict[int, torch.Tensor]) -> dict[int, np.ndarray]:
     """Wait until servers of experts announce that they were asked for experts so often, to the 5% of a byte, and not
-    twice as often: what a step asked for before it found that another expert was missing is asked for again."""
+    twice as often: what a step asked for before it found that another expert was missing is asked for again.
+
+    Returns:
+        By block ``[experts]``: the share of each.
+    """
     network = await Network.join(ClientSettings(initial_peers=tuple(swarm.initial_peers)))
     try:
         deadline = time.monotonic() + 15
@@ -251,7 +284,7 @@ async def until_heard(swarm: LocalSwarm, model: str, chosen: dict[int, torch.Ten
             told = {block: demand.chosen.get(block, np.zeros(4)) for block in chosen}
             shares = [(1 + told[block]) / (1 + counts.numpy()) for block, counts in chosen.items()]
             if np.min(shares) > 0.93 and np.max(shares) < 2:
-                return
+                return {block: demand.shares(block, 4) for block in chosen}
             assert time.monotonic() < deadline, f"{told}, not {chosen}"
             await asyncio.sleep(0.2)
     finally:

@@ -69,6 +69,45 @@ def test_blocks_without_some_of_their_experts_compute_the_same_bits(family: str,
         assert span.weight_bytes + sum(one.weight_bytes for one in hosted.values()) == whole.weight_bytes
 
 
+class InOrder(InThisProcess):
+    """Tells what happens when."""
+
+    def __init__(self, hosted: dict[int, HostedExperts]) -> None:
+        super().__init__(hosted)
+        self.happened: list[str] = []
+
+    def begin(
+        self, block: int, hidden_states: torch.Tensor, tokens: torch.Tensor, experts: torch.Tensor
+    ) -> Callable[[], torch.Tensor]:
+        finish = super().begin(block, hidden_states, tokens, experts)
+        self.happened.append("asked")
+
+        def answered() -> torch.Tensor:
+            self.happened.append("waited")
+            return finish()
+
+        return answered
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe", "glm4_moe", "hunyuan_v1_moe", "qwen2_moe"])
+def test_shared_experts_are_computed_once_while_others_compute(family: str, tmp_path: Path) -> None:
+    save_tiny_model(family, tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    tables = find_expert_tensors(checkpoint)
+    split = {block: (table, frozenset[int]()) for block, table in tables.items()}
+    span = load_span(checkpoint, 0, checkpoint.num_blocks, dtype=torch.float32, routed=split)
+    everything = {block: range(table.count) for block, table in tables.items()}
+    order = InOrder(load_experts(checkpoint, tables, everything, dtype=torch.float32))
+    for routed in routed_experts(span.layers):
+        routed.elsewhere = order
+    for layer in span.layers:
+        for name, module in layer.named_modules():
+            if name.rpartition(".")[2] == "down_proj" and "shared" in name:
+                module.register_forward_hook(lambda *_: order.happened.append("computed"))
+    span.forward(torch.randn(2, 3, checkpoint.hidden_size), span.new_cache())
+    assert order.happened == ["asked", "computed", "waited"] * len(tables)
+
+
 def test_a_dense_model_has_no_experts(tiny: str) -> None:
     checkpoint = open_checkpoint(tiny)
     assert find_expert_tensors(checkpoint) == {}
@@ -99,7 +138,8 @@ def test_what_the_owner_asks_for_is_understood_or_refused_with_a_sentence(tmp_pa
 
     assert hosted("0:0-1,2:3,0:3") == {0: {0, 1, 3}, 2: {3}}
     assert hosted("*:1") == {0: {1}, 2: {1}, 3: {1}}
-    assert hosted("none") == {} and set(hosted("all")[3]) == {0, 1, 2, 3}
+    assert hosted("none") == hosted("auto") == {} and WantedExperts.parse("auto").as_many_as_fit
+    assert set(hosted("all")[3]) == {0, 1, 2, 3}
     assert describe(hosted("0:0-1,2:3,0:3,3:3")) == "block 0: experts 0–1, 3; blocks 2–3: expert 3"
     for text in ("", "3", "3:", "3:4-1", "a:1", "1:2:3", "3:0-15;4:0", "-1:0"):
         with pytest.raises(ValueError, match="names no experts; write BLOCK:FIRST-LAST"):

@@ -157,6 +157,30 @@ def test_the_number_of_blocks_that_a_refusal_proposes_fits_and_one_more_does_not
     refusal(**{**wish, "blocks": None, "num_blocks": proposed + 1})
 
 
+@given(wishes(), st.integers(1, 40), st.integers(1, 200 * MIB))
+@quick
+def test_experts_get_the_room_that_the_least_cache_leaves_and_the_cache_what_they_leave(
+    wish: dict[str, Any], count: int, one_bytes: int
+) -> None:
+    wish = {**wish, "num_blocks": wish["num_blocks"] or 1, "window_blocks": 0}
+    try:
+        without = make_plan(**wish)
+    except InsufficientMemory:
+        return
+    blocks = len(wish["block_bytes"])
+    plan = make_plan(**wish, expert_bytes=[count * one_bytes] * blocks, largest_expert_bytes=one_bytes)
+    assert plan.total_bytes <= wish["memory_bytes"]
+    assert plan.expert_bytes % one_bytes == 0
+    per_token = plan.kv_bytes_per_token + plan.kept_bytes_per_token
+    least = PROGRAM + plan.weight_bytes + (wish["kv_tokens"] or MIN_KV_TOKENS) * per_token
+    assert plan.expert_bytes == plan.num_blocks * count * one_bytes or (
+        least + plan.expert_bytes + one_bytes > wish["memory_bytes"]
+    )
+    spare = wish["memory_bytes"] - plan.total_bytes
+    assert plan.kv_tokens in (wish["kv_tokens"], MAX_DEFAULT_KV_TOKENS) or spare < per_token
+    assert plan.kv_tokens <= without.kv_tokens and plan.weight_bytes == without.weight_bytes
+
+
 def test_a_refusal_says_what_is_needed_what_is_allowed_and_what_to_do() -> None:
     message = refusal(block_bytes=[100 * MIB] * 10, kv_bytes_per_block=1024, memory_bytes=870 * MIB, num_blocks=10)
     assert "10 blocks with 2,048 positions of KV cache need 1.5 GiB (of which 448.0 MiB for the program)" in message

@@ -31,14 +31,15 @@ class Asked:
         np.add.at(self._tokens[block], np.searchsorted(self._hosted[block], experts), 1.0)
 
     def heats(self, now: float) -> dict[int, bytes]:
-        """As they are announced, of blocks that were asked for, as far as a record has room."""
+        """As they are announced, of blocks that were asked for lately, as far as a record has room."""
         self._fade(now)
         heats: dict[int, bytes] = {}
         room = MAX_HEATS
         for block, tokens in self._tokens.items():
-            if tokens.any() and len(tokens) <= room:
-                heats[block] = bytes(heat_of(float(count)) for count in tokens)
-                room -= len(tokens)
+            heat = bytes(heat_of(float(count)) for count in tokens)
+            if any(heat) and len(heat) <= room:
+                heats[block] = heat
+                room -= len(heat)
         return heats
 
     def _fade(self, now: float) -> None:

@@ -74,7 +74,8 @@ def prepare_experts(settings: ServerSettings) -> PreparedExperts:
         raise ValueError(f"{settings.model} has no routed experts: its blocks are hosted whole, with --blocks")
     device = choose_device(settings.device)
     memory_bytes, memory_from = allowed_memory(device, settings.memory_bytes)
-    wanted = settings.experts.hosted(tables, settings.model) if settings.experts is not None else None
+    asked = settings.experts if settings.experts is not None and not settings.experts.as_many_as_fit else None
+    wanted = asked.hosted(tables, settings.model) if asked is not None else None
     prepared = PreparedExperts(
         checkpoint, device, settings.dtype or checkpoint.default_dtype, tables, memory_bytes, memory_from, wanted
     )

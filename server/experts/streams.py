@@ -119,7 +119,7 @@ class ExpertStreams:
         waiting = Waiting(len(call.experts), group=("experts", request.block))
         self.calls_under_way += 1
         try:
-            outputs, timed = await self._compute.run_with_others(call, _compute_together, waiting)
+            outputs, spent = await self._compute.run_with_others(call, _compute_together, waiting)
         except (RuntimeError, ValueError, IndexError, MemoryError) as error:
             logger.exception("a call failed")
             raise ServerFault(
@@ -127,7 +127,7 @@ class ExpertStreams:
             ) from error
         finally:
             self.calls_under_way -= 1
-        answer = ExpertOutputs(call=request.call, queue_s=timed.queue_s, compute_s=timed.compute_s, tensors=[])
+        answer = ExpertOutputs(call=request.call, queue_s=spent.queue_s, compute_s=spent.compute_s, tensors=[])
         self.contribution.calls += 1
         self.contribution.tokens += len(call.experts)
         self.asked.count(request.block, call.experts.numpy(), time.monotonic())

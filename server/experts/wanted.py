@@ -1,4 +1,4 @@
-"""Which experts the owner of a server wants it to host: ``3:0-15,4:0-15``, ``*:0-3``, ``all``, ``none``."""
+"""Which experts the owner of a server wants it to host: ``3:0-15,4:0-15``, ``*:0-3``, ``all``, ``none``, ``auto``."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ class WantedExperts:
     parts: tuple[tuple[int | None, int, int], ...]
     """(block, or None for every block; first expert; last expert)"""
     everything: bool = False
+    as_many_as_fit: bool = False
+    """Which, is seen when it joins."""
 
     @classmethod
     def parse(cls, text: str) -> WantedExperts:
         """Raises ValueError, with a sentence, for what is not a choice."""
-        if text in ("all", "none"):
-            return cls((), everything=text == "all")
+        if text in ("all", "none", "auto"):
+            return cls((), everything=text == "all", as_many_as_fit=text == "auto")
         parts: list[tuple[int | None, int, int]] = []
         for part in text.split(","):
             found = _PART.fullmatch(part.strip())
@@ -33,13 +35,13 @@ class WantedExperts:
             if found is None or last < first:
                 raise ValueError(
                     f"{text!r} names no experts; write BLOCK:FIRST-LAST, as in 3:0-15,4:0-15 (*:0-3 for every block), "
-                    "or all, or none"
+                    "or all, none, or auto"
                 )
             parts.append((None if found["block"] == "*" else int(found["block"]), first, last))
         return cls(tuple(parts))
 
     def hosted(self, tables: Mapping[int, ExpertTensors], model: str) -> dict[int, frozenset[int]]:
-        """By block; blocks without any are left out.
+        """By block; blocks without any are left out. For `as_many_as_fit`, none is certain.
 
         Raises:
             ValueError: the model does not have them.

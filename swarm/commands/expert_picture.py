@@ -48,14 +48,11 @@ def missing_experts(
 ) -> dict[int, frozenset[int]]:
     """By block, the experts that some server of blocks needs, and nobody hosts."""
     hosted = servers_of_experts(hosts, counts)
-    missing: dict[int, frozenset[int]] = {}
-    for server in servers:
-        for block, kept in server.kept_experts.items() if server.state is State.ONLINE else ():
-            nobody = {expert for expert, online in enumerate(hosted.get(block, ())) if not online}
-            lacking = nobody - experts_in(bytes.fromhex(kept))
-            if lacking:
-                missing[block] = missing.get(block, frozenset()) | lacking
-    return missing
+    missing = {
+        block: frozenset(expert for expert in experts if not hosted[block][expert])
+        for block, experts in _lacking(servers, counts).items()
+    }
+    return {block: experts for block, experts in missing.items() if experts}
 
 
 def expert_verdict(
@@ -68,8 +65,19 @@ def expert_verdict(
             f"INCOMPLETE: no server is online for {total} expert{'s' if total > 1 else ''} that servers of blocks "
             f"need; of block {block}: {', '.join(map(str, sorted(experts)))}"
         )
-    least = min((online for of_block in servers_of_experts(hosts, counts).values() for online in of_block), default=0)
-    if not any(server.kept_experts for server in servers):
+    hosted, lacking = servers_of_experts(hosts, counts), _lacking(servers, counts)
+    if not lacking:
         return "All servers of blocks have their experts themselves."
+    least = min(hosted[block][expert] for block, experts in lacking.items() for expert in experts)
     survives = f"it survives the loss of any {least - 1}" if least > 1 else "the loss of one of them may break it"
-    return f"Complete, too: every expert has {least} or more servers of its own; {survives}."
+    return f"Complete, too: every expert that servers of blocks lack has {least} or more servers; {survives}."
+
+
+def _lacking(servers: Sequence[Announcement], counts: Mapping[int, int]) -> dict[int, frozenset[int]]:
+    """By block, the experts that some server of blocks does not have itself."""
+    lacking: dict[int, frozenset[int]] = {}
+    for server in servers:
+        for block, kept in server.kept_experts.items() if server.state is State.ONLINE else ():
+            if others := frozenset(range(counts.get(block, 0))) - experts_in(bytes.fromhex(kept)):
+                lacking[block] = lacking.get(block, frozenset()) | others
+    return lacking

@@ -19,6 +19,8 @@ from swarm.commands.addresses import listen_addresses
 from swarm.commands.output import Output, add_output_arguments, run_command
 from swarm.commands.speeds import compute_sentence, network_sentence
 from swarm.dht import Announcement, ExpertAnnouncement
+from swarm.dht.expert_announcement import experts_in
+from swarm.number_runs import runs, runs_text
 from swarm.placement import Move, MovePolicy
 from swarm.protocol.tensors import dtype_name
 from swarm.server import SCHEMES, Server, ServerSettings
@@ -38,6 +40,8 @@ examples:
                                                           the same in 6 GiB: what does not fit comes from disk each step
   swarm-server mistralai/Mixtral-8x7B-v0.1 --experts 0:0-3,1:0-3 --initial-peers …
                                                           host four experts of the first two blocks, and no block
+  swarm-server mistralai/Mixtral-8x7B-v0.1 --blocks 0:32 --experts auto --initial-peers …
+                                                          all attention, and as many experts as fit
 
 Ctrl-C leaves politely: running sessions move to other servers first. A second Ctrl-C stops at once.
 Servers see the hidden states that pass through them. Nobody can run code on your machine."""
@@ -174,16 +178,24 @@ def _show_plan(settings: ServerSettings, prepared: Prepared, output: Output) -> 
         window_blocks=plan.window_blocks,
         memory_bytes=plan.memory_bytes,
         weight_bytes=plan.weight_bytes,
+        expert_bytes=plan.expert_bytes,
         kv_bytes=plan.kv_bytes,
         kv_tokens=plan.kv_tokens,
     )
 
 
 def _show_ready(announcement: Announcement, output: Output) -> None:
+    kept = {block: experts_in(bytes.fromhex(bitmap)) for block, bitmap in announcement.kept_experts.items()}
     output.say(
         f"Serving blocks {announcement.start} to {announcement.end - 1} of {announcement.num_blocks} "
         f"at {announcement.throughput:.1f} steps/s as {announcement.peer_id}."
     )
+    if announcement.kept_experts:
+        here = describe({block: experts for block, experts in kept.items() if experts})
+        output.say(
+            f"Of the experts of blocks {runs_text(runs(sorted(kept)))}, here are: {here or 'none'}. The others are "
+            "computed by servers that host them."
+        )
     output.say(compute_sentence(announcement))
     for address in announcement.addresses:
         output.say(f"  others can join with --initial-peers {address}")
@@ -198,6 +210,7 @@ def _show_ready(announcement: Announcement, output: Output) -> None:
         decode_steps_per_s=announcement.decode_steps_per_s,
         prefill_tokens_per_s=announcement.prefill_tokens_per_s,
         free_kv_tokens=announcement.free_kv_tokens,
+        kept_experts={str(block): sorted(experts) for block, experts in kept.items()},
     )
 
 
@@ -270,8 +283,10 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--experts", type=parse_experts, metavar="SPEC",
         help="routed experts of a mixture-of-experts model: 3:0-15,4:0-15 (experts 0 to 15 of blocks 3 and 4), *:0-3 "
-        "(of every block), all, or none. Alone: host these experts, and no blocks. With --blocks: of the experts of "
-        "these blocks only these; the others are computed by servers that host them (default: all of the blocks' own)",
+        "(of every block), all, none, or auto. Alone: host these experts (auto: as many as fit, where they are needed "
+        "most), and no blocks. With --blocks: of the experts of these blocks only these (auto: as many as fit beside "
+        "2048 positions of KV cache or --kv-tokens, those first that are asked for most); the others are computed by "
+        "servers that host them (default: all of the blocks' own)",
     )  # fmt: skip
     what.add_argument(
         "--role", choices=("blocks", "experts"),

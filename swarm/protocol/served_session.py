@@ -74,7 +74,7 @@ class Compute:
 
 @dataclass(frozen=True)
 class Spent:
-    """On computing a result; see :class:`HopTime`."""
+    """Seconds that computing a result took; see :class:`HopTime`."""
 
     queue_s: float = 0.0
     compute_s: float = 0.0

@@ -39,6 +39,7 @@ class RoutedExperts(nn.Module):
     Attributes:
         elsewhere: where other experts are computed; None: while the machine's speed is being measured they count for
             nothing.
+        meanwhile: called once others compute, and before they are waited for.
     """
 
     def __init__(self, block: int, count: int, kept: Sequence[int], here: nn.Module | None) -> None:
@@ -51,6 +52,7 @@ class RoutedExperts(nn.Module):
         super().__init__()
         self.block, self.count, self.kept, self.here = block, count, tuple(sorted(kept)), here
         self.elsewhere: Elsewhere | None = None
+        self.meanwhile: Callable[[], None] = lambda: None
         number_here = torch.full((count,), -1, dtype=torch.int64)
         number_here[list(self.kept)] = torch.arange(len(self.kept))
         self.register_buffer("_number_here", number_here, persistent=False)
@@ -78,6 +80,7 @@ class RoutedExperts(nn.Module):
         here = (numbers >= 0).nonzero().flatten()
         if len(here) and self.here is not None:
             outputs[here] = compute_rows(self.here, hidden_states[here // k], numbers[here])
+        self.meanwhile()
         if finish is not None:
             outputs[away] = finish().to(outputs)
         weighted = outputs * top_k_weights.reshape(-1, 1)

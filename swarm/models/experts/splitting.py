@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from swarm.models.experts.routed import RoutedExperts, keep_experts
+from swarm.models.experts.shared import beside_routed
 from swarm.models.experts.tensors import ExpertTensors
 
 RoutedTables = Mapping[int, tuple[ExpertTensors, Collection[int]]]
@@ -34,9 +35,13 @@ def route_experts(layers: Mapping[int, nn.Module], split: RoutedTables) -> None:
     """Put ours into decoder layers that have been loaded."""
     for block, (tensors, kept) in split.items():
         here = layers[block].get_submodule(tensors.path) if kept else None
-        _put(RoutedExperts(block, tensors.count, sorted(kept), here), layers[block], tensors.path)
+        routed = RoutedExperts(block, tensors.count, sorted(kept), here)
+        beside_routed(_put(routed, layers[block], tensors.path), routed)
 
 
-def _put(module: nn.Module, layer: nn.Module, path: str) -> None:
+def _put(module: nn.Module, layer: nn.Module, path: str) -> nn.Module:
+    """Returns the module that it is a child of now."""
     parent, _, name = path.rpartition(".")
-    setattr(layer.get_submodule(parent), name, module)
+    owner = layer.get_submodule(parent)
+    setattr(owner, name, module)
+    return owner
