@@ -226,8 +226,7 @@ def test_what_is_compiled_gives_the_same_bits(exponent: int) -> None:
     assert torch.equal(compiled.scale, usual.scale)
     levels = int8.Int8Levels.of(states(64, 96, seed=2))
     kernels = {kernel.name: kernel for kernel in int8.KERNELS}
-    products = [
-        kernels[name].multiply(usual.bytes_, *kernels[name].arrange(levels)) for name in ("compiled", "floats", "rows")
-    ]
-    assert torch.equal(products[0], products[1])
-    assert torch.equal(products[0], products[2])
+    products = {name: kernels[name].multiply(rows, *kernels[name].arrange(levels)) for name in kernels}
+    assert {"rows", "floats"} < products.keys() and sum(name.startswith("compiled") for name in products) == 2
+    for name in products.keys() - {"packed"}:  # oneDNN rounds in an order of its own
+        assert torch.equal(products[name], products["rows"]), name

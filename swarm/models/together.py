@@ -27,7 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from swarm.models.fast_blocks import FastBlocks, fuse_projections
 from swarm.models.paged_cache import PagedCache, PagePool
 from swarm.models.pages import PAGE
-from swarm.models.quantization import computes_in_bfloat16
+from swarm.models.quantization import rounding
 from swarm.models.span import Span
 from swarm.models.steps import Steps, begin_together
 from swarm.models.weight_layout import lay_out_span
@@ -173,8 +173,7 @@ def _works(way: Together, span: Span, hidden_size: int) -> bool:
     except Exception as error:  # whatever a family of models does not take
         logger.debug("sessions cannot run together in this way: %r", error)
         return False
-    rounds = any(computes_in_bfloat16(layer) for layer in span.staying_layers())
-    tolerance = _HALF_TOLERANCE if rounds else _TOLERANCE.get(span.dtype, _HALF_TOLERANCE)
+    tolerance = max(_TOLERANCE.get(span.dtype, _HALF_TOLERANCE), *map(rounding, span.staying_layers()))
     return all(
         one.shape == other.shape and float((one - other).float().norm()) <= tolerance * float(one.float().norm())
         for one, other in zip(expected, found, strict=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from swarm.models.packed_linear import multiply_rounded
-from swarm.models.quantization.compiled import MOST_INPUTS, multiply_bytes, split_into_bytes
+from swarm.models.quantization.compiled import MOST_INPUTS, multiply_split, split_into_bytes
 from swarm.models.quantization.groups import multiply_by_chunks
 from swarm.models.quantization.kernels import Kernel, Trial, fastest, sampled_outputs
 
@@ -45,12 +45,10 @@ class Int8Linear(nn.Module):
         self,
         levels: Int8Levels,
         bias: torch.Tensor | None,
-        memory: BytesOfLast,
         kernel: Kernel[Int8Levels] | None = None,
     ) -> None:
         """
         Args:
-            memory: shared with layers that may be fed with the same hidden states.
             kernel: default: the fastest.
         """
         super().__init__()
@@ -59,30 +57,29 @@ class Int8Linear(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer("scale", scale)
         self.bias = bias
-        self._memory = memory
 
     @classmethod
-    def quantize(cls, weight: torch.Tensor, bias: torch.Tensor | None, memory: BytesOfLast) -> Self:
+    def quantize(cls, weight: torch.Tensor, bias: torch.Tensor | None) -> Self:
         """Of a floating-point `weight`, ``[outputs, inputs]``."""
-        return cls(Int8Levels.of(weight), bias, memory)
+        return cls(Int8Levels.of(weight), bias)
 
     @classmethod
-    def for_file(cls, weight: torch.Tensor, bias: torch.Tensor | None, memory: BytesOfLast) -> Self:
+    def for_file(cls, weight: torch.Tensor, bias: torch.Tensor | None) -> Self:
         """Likewise, with weights that can be kept in a file; without numbers if there are none (meta device)."""
         if weight.is_meta:
             outputs, inputs = weight.shape
             levels = Int8Levels(
                 torch.empty(outputs, inputs, dtype=torch.int8, device="meta"), torch.empty(outputs, device="meta")
             )
-            return cls(levels, bias, memory, _ByRows())
-        return cls(Int8Levels.of(weight), bias, memory, _ByRows())
+            return cls(levels, bias, _ByRows())
+        return cls(Int8Levels.of(weight), bias, _ByRows())
 
     @classmethod
     def fuse(cls, linears: Sequence[Int8Linear], bias: torch.Tensor | None) -> Self:
         """One layer with the outputs of all `linears`, exactly as they are."""
         each = [one._kernel.restore(one.weight, one.scale) for one in linears]
         levels = Int8Levels(torch.cat([of.levels for of in each]), torch.cat([of.scale for of in each]))
-        return cls(levels, bias, linears[0]._memory)
+        return cls(levels, bias)
 
     @property
     def outputs(self) -> int:
@@ -91,9 +88,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """``[…, inputs]`` to ``[…, outputs]``, in the precision given."""
-        rows = self._memory.bytes_of(hidden_states, compiled=isinstance(self._kernel, _Compiled))
-        low, high = self._kernel.multiply(rows.bytes_, self.weight, self.scale).chunk(2)
-        product = torch.add(low, high, alpha=256).mul_(rows.scale)
+        product = self._kernel.multiply(hidden_states, self.weight, self.scale)
         if self.bias is not None:
             product += self.bias
         return product.to(hidden_states.dtype).view(*hidden_states.shape[:-1], -1)
@@ -139,49 +134,69 @@ class RowBytes:
         return cls(*split_into_bytes(rows, _MIDDLE, _LEVELS, _SMALLEST))
 
 
-class BytesOfLast:
+class _BytesOfLast:
     """The bytes of the last hidden states: layers that are fed with the same ones (query, key, value) share them."""
 
     def __init__(self) -> None:
         self._last: tuple[weakref.ref[torch.Tensor], RowBytes] | None = None
 
-    def bytes_of(self, hidden_states: torch.Tensor, *, compiled: bool = False) -> RowBytes:
-        """Of ``[…, inputs]``, row by row. Several threads may ask at a time.
-
-        Args:
-            compiled: with what numba compiles: it has been started anyway.
-        """
+    def __call__(self, hidden_states: torch.Tensor, make: Callable[[torch.Tensor], RowBytes]) -> RowBytes:
+        """Of ``[…, inputs]``, row by row. Several threads may ask at a time."""
         last = self._last
         if last is not None and last[0]() is hidden_states:
             return last[1]
-        make = RowBytes.compiled if compiled else RowBytes.of
-        made = make(hidden_states.reshape(-1, hidden_states.shape[-1]).float())
+        made = make(_rows_of(hidden_states))
         self._last = weakref.ref(hidden_states), made
         return made
 
 
+_bytes_of_last = _BytesOfLast()
+
+
 def kernel_for(shape: Sequence[int], device: torch.device) -> Kernel[Int8Levels]:
-    """The fastest for a weight ``[outputs, inputs]``. It multiplies bytes of rows, less 128, and returns float32."""
+    """The fastest for a weight ``[outputs, inputs]``. It multiplies ``[…, inputs]`` and returns float32."""
     kernels = KERNELS if device.type == "cpu" else CUDA_KERNELS
     return fastest("int8", shape, device, kernels, lambda: trial(shape, device))
 
 
 def trial(shape: Sequence[int], device: torch.device) -> Trial[Int8Levels]:
-    """Bytes at random, and the largest sums there may be: kernels for old processors may saturate."""
+    """Rows at random, and one with the largest sums there may be: kernels for old processors may saturate."""
     generator = torch.Generator().manual_seed(0)
     outputs, inputs = sampled_outputs(*shape), shape[1]
+    levels = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, generator=generator)
+    levels[0] = 127
+    weight = Int8Levels(levels.to(device), torch.ones(outputs, device=device))
+    true = weight.levels.double().t()
 
     def random(rows: int) -> torch.Tensor:
-        levels = torch.randint(1, 256, (rows, inputs), dtype=torch.uint8, generator=generator)
-        levels[0] = 255
-        return levels.to(device)
+        some = torch.randn(rows, inputs, generator=generator)
+        some[0] = 1.0
+        return some.to(device)
 
-    weight = Int8Levels((random(outputs) ^ 128).view(torch.int8), torch.ones(outputs, device=device))
-    true = weight.levels.double().t()
-    return Trial(weight, [random(2), random(32)], random(128), lambda rows: (rows.double() - 128) @ true, _TOLERANCE)
+    def product(rows: torch.Tensor) -> torch.Tensor:
+        low, high = (RowBytes.of(rows).bytes_.double() - 128).chunk(2)
+        return (low + 256 * high) @ true * RowBytes.of(rows).scale
+
+    return Trial(weight, [random(1), random(16)], random(64), product, _TOLERANCE)
 
 
-class _Packed:
+class _OnBytes:
+    """Multiplies the two bytes of every number on its own."""
+
+    _make = staticmethod(RowBytes.of)
+
+    def multiply(self, rows: torch.Tensor, *arranged: torch.Tensor) -> torch.Tensor:
+        """``[…, inputs]`` to float32 ``[rows, outputs]``."""
+        split = _bytes_of_last(rows, self._make)
+        low, high = self.multiply_bytes(split.bytes_, *arranged).chunk(2)
+        return torch.add(low, high, alpha=256).mul_(split.scale)
+
+    def multiply_bytes(self, rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Of bytes, less 128, each output times its scale: uint8 ``[rows, inputs]`` to float32 ``[rows, outputs]``."""
+        raise NotImplementedError
+
+
+class _Packed(_OnBytes):
     """oneDNN's own order, which differs from processor to processor. It takes levels from 0 to 255."""
 
     name = "packed"
@@ -193,9 +208,7 @@ class _Packed:
         weight, scale = arranged
         return Int8Levels(weight.to_dense().t(), scale)
 
-    def multiply(self, rows: torch.Tensor, *arranged: torch.Tensor) -> torch.Tensor:
-        weight, scale = arranged
-
+    def multiply_bytes(self, rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         def product(some: torch.Tensor) -> torch.Tensor:
             result: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
                 some, 1.0, 128, weight, scale, _zeros(len(scale)), None,
@@ -206,7 +219,7 @@ class _Packed:
         return multiply_rounded(rows, product)
 
 
-class _ByRows:
+class _ByRows(_OnBytes):
     """A row of weights for every output."""
 
     name = "rows"
@@ -218,8 +231,7 @@ class _ByRows:
         weight, scale = arranged
         return Int8Levels(weight, scale)
 
-    def multiply(self, rows: torch.Tensor, *arranged: torch.Tensor) -> torch.Tensor:
-        weight, scale = arranged
+    def multiply_bytes(self, rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return torch._int_mm(_signed(rows), weight.t()) * scale
 
 
@@ -235,8 +247,7 @@ class _ByColumns(_ByRows):
         weight, scale = arranged
         return Int8Levels(weight.t(), scale)
 
-    def multiply(self, rows: torch.Tensor, *arranged: torch.Tensor) -> torch.Tensor:
-        weight, scale = arranged
+    def multiply_bytes(self, rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return torch._int_mm(_signed(rows), weight) * scale
 
 
@@ -245,10 +256,9 @@ class _Bitsandbytes(_ByRows):
 
     name = "bitsandbytes"
 
-    def multiply(self, rows: torch.Tensor, *arranged: torch.Tensor) -> torch.Tensor:
+    def multiply_bytes(self, rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         from bitsandbytes.functional import int8_linear_matmul
 
-        weight, scale = arranged
         product: torch.Tensor = int8_linear_matmul(_signed(rows), weight) * scale
         return product
 
@@ -258,26 +268,37 @@ class _InFloats(_ByRows):
 
     name = "floats"
 
-    def multiply(self, rows: torch.Tensor, *arranged: torch.Tensor) -> torch.Tensor:
-        weight, scale = arranged
+    def multiply_bytes(self, rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         product = multiply_by_chunks(_signed(rows).float(), len(weight), lambda first, to: weight[first:to].float().t())
         return product.mul_(scale)
 
 
 class _Compiled(_ByRows):
-    """Compiled for this processor by numba."""
+    """Compiled for this processor by numba, for up to so many rows; more are multiplied by torch."""
 
-    name = "compiled"
+    _make = staticmethod(RowBytes.compiled)
+
+    def __init__(self, most_rows: int) -> None:
+        self._most_rows = most_rows
+        self.name = f"compiled, up to {most_rows} rows"
 
     def multiply(self, rows: torch.Tensor, *arranged: torch.Tensor) -> torch.Tensor:
         weight, scale = arranged
         if weight.shape[1] > MOST_INPUTS:
             raise RuntimeError(f"sums of {weight.shape[1]} products do not fit into 32 bits")
-        return multiply_bytes(rows, weight, scale)
+        if rows.shape[:-1].numel() > self._most_rows:
+            return super().multiply(rows, *arranged)
+        return multiply_split(_rows_of(rows), _MIDDLE, _LEVELS, _SMALLEST, weight, scale)
 
 
-KERNELS: Sequence[Kernel[Int8Levels]] = (_Packed(), _ByColumns(), _ByRows(), _Compiled(), _InFloats())
+KERNELS: Sequence[Kernel[Int8Levels]] = (
+    _Packed(), _ByColumns(), _ByRows(), _Compiled(2), _Compiled(1 << 30), _InFloats()
+)  # fmt: skip
 CUDA_KERNELS: Sequence[Kernel[Int8Levels]] = (_Bitsandbytes(), _InFloats())
+
+
+def _rows_of(hidden_states: torch.Tensor) -> torch.Tensor:
+    return hidden_states.reshape(-1, hidden_states.shape[-1]).float()
 
 
 def _signed(rows: torch.Tensor) -> torch.Tensor:
