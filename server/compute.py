@@ -32,7 +32,14 @@ class ComputeThread:
     """Runs functions one after another, in the order that :mod:`swarm.server.schedule` gives them."""
 
     def __init__(self, threads: int | None = None) -> None:
-        self._threads = threads
+        """Called in the thread of the event loop, to which torch is left with one core from now on: where it divides a
+        copy of a few KB between two threads, each waits for the other, a millisecond and more on a busy machine.
+
+        Args:
+            threads: to compute with; None: torch's choice.
+        """
+        self._threads = threads or torch.get_num_threads()
+        _use_threads(1)
         self._jobs: list[_Job] = []
         self._soon: list[Callable[[], object]] = []
         self._changed = threading.Condition()
@@ -89,8 +96,7 @@ class ComputeThread:
         return not self._thread.is_alive()
 
     def _work(self) -> None:
-        if self._threads is not None:
-            torch.set_num_threads(self._threads)
+        _use_threads(self._threads)
         after_together = False
         while jobs := self._next(after_together):
             after_together = jobs[0].waiting.group is not None
@@ -122,6 +128,12 @@ class ComputeThread:
                     return jobs
                 self._changed.wait()
             return []
+
+
+def _use_threads(count: int) -> None:
+    """From now on, in this thread."""
+    torch.set_num_threads(count)
+    torch.get_num_threads()  # else torch would look once more what the last thread has set that asked for a number
 
 
 def _tell(results: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
