@@ -36,6 +36,8 @@ class ExpertAnnouncement(BaseModel):
     state: State
     bitmaps: dict[Annotated[int, Field(ge=0, le=100_000)], Bitmap] = Field(max_length=1000)
     """By block."""
+    coming: dict[Annotated[int, Field(ge=0, le=100_000)], Bitmap] = Field(default={}, max_length=1000)
+    """Likewise, all that it will host soon, and nothing else: it takes over what nobody hosts. Empty: it stays."""
     dtype: str = Field(max_length=16)
     """The precision in which the server computes."""
     tentative: bool = False
@@ -71,6 +73,11 @@ class ExpertAnnouncement(BaseModel):
     def experts(self) -> dict[int, frozenset[int]]:
         """What is hosted, by block."""
         return {block: experts_in(bitmap) for block, bitmap in self.bitmaps.items()}
+
+    @property
+    def experts_soon(self) -> dict[int, frozenset[int]]:
+        """What is to be hosted, by block."""
+        return {block: experts_in(bitmap) for block, bitmap in (self.coming or self.bitmaps).items()}
 
     @property
     def tokens_lately(self) -> dict[int, dict[int, float]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import threading
 import time
@@ -129,12 +128,6 @@ def load_hosted_span(
     speed = _speed_of(span, together, checkpoint, settings)
     short = tuple(digest[:_DIGEST_DIGITS] for digest in digests[start:end])
     return HostedSpan(span, pool, together, speed, short, routed, sum(start <= block < end for block in reuse))
-
-
-def free_memory() -> None:
-    """Let go of a span to which nothing refers any more. Called on the compute thread, which computes nothing else."""
-    gc.unfreeze()  # modules refer to one another in circles
-    give_memory_back()
 
 
 def _speed_of(span: Span, together: Together | None, checkpoint: Checkpoint, settings: ServerSettings) -> ComputeSpeed:

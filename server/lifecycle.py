@@ -17,14 +17,14 @@ from swarm.protocol.messages import LINK_PROTOCOL, STREAM_PROTOCOL
 from swarm.server.compute import ComputeThread
 from swarm.server.experts.dispatch import ExpertDispatch
 from swarm.server.experts.own import OwnExperts
-from swarm.server.hosted_span import HostedSpan, free_memory, load_hosted_span
+from swarm.server.hosted_span import HostedSpan, load_hosted_span
 from swarm.server.membership import fail_with_daemon, membership
 from swarm.server.neighbours import NetworkSpeed
 from swarm.server.network_speed import NetworkMeasurement
 from swarm.server.preparation import Prepared
 from swarm.server.presence import Presence
 from swarm.server.rebalancing import Rebalancing
-from swarm.server.resident_memory import share_one_heap
+from swarm.server.resident_memory import free_memory, share_one_heap
 from swarm.server.settings import ServerSettings
 from swarm.server.streams import StreamServer
 from swarm.transport.measuring import MEASURE_PROTOCOL, MeasuringServer

@@ -46,6 +46,12 @@ def memory_given_back() -> Iterator[None]:
         give_memory_back()
 
 
+def free_memory() -> None:
+    """Let go of modules to which nothing refers any more. Nothing may be computed meanwhile."""
+    gc.unfreeze()  # they refer to one another in circles
+    give_memory_back()
+
+
 def give_memory_back() -> None:
     """Return to the system what is not needed now. Nothing may be computed meanwhile."""
     linecache.clearcache()  # transformers reads its own source

@@ -20,6 +20,7 @@ from swarm.placement import (
     choose_experts,
     local_experts,
     share_experts,
+    wanted_repair,
 )
 from swarm.placement.expert_demand import Activations
 from swarm.routing import ExpertChoice, assign_experts
@@ -190,6 +191,45 @@ def test_sizes_of_another_model_are_refused() -> None:
         choose_experts([], [8], [1, 1], 4)
     with pytest.raises(ValueError, match="at least one byte"):
         choose_experts([], [8, 0], [0, 0], 4)
+
+
+# --- what a server takes over
+
+
+@given(SHAPE, MEMORIES, RANDOM)
+@quick
+def test_what_nobody_hosts_is_taken_over_by_who_can_and_nothing_is_given_up_that_others_do_not_host(
+    shape: list[int], memories: list[int], random: Random
+) -> None:
+    sizes = [random.randint(1, 9) for _ in shape]
+    hosts: list[ExpertHost] = []
+    for number, memory in enumerate(memories):
+        chosen = choose_experts(hosts, shape, sizes, memory, peer_id=f"peer{number}")
+        hosts.append(ExpertHost(f"peer{number}", chosen))
+    dead = [one for one in hosts if random.random() < 0.4]
+    alive = [(one, memory) for one, memory in zip(hosts, memories, strict=True) if one not in dead]
+    everything = {(block, one) for block, experts in enumerate(shape) for one in range(experts)}
+    for me, memory in alive:
+        others = set[tuple[int, int]]().union(*(cells(dict(one.experts)) for one, _ in alive if one is not me))
+        mine, nobody = cells(dict(me.experts)), everything - others - cells(dict(me.experts))
+        new = wanted_repair(me, [one for one, _ in alive if one is not me], shape, sizes, memory)
+        spare = memory - sum(sizes[block] for block, _ in mine - others)
+        could = [cell for cell in nobody if sizes[cell[0]] <= spare]
+        assert (new is not None) == bool(could)
+        if new is not None:
+            assert sum(sizes[block] * len(those) for block, those in new.items()) <= memory
+            assert mine - others <= cells(new) <= mine | nobody
+            left = memory - sum(sizes[block] * len(those) for block, those in new.items())
+            assert all(sizes[block] > left for block, _ in (nobody | mine) - cells(new)), "all that fits is hosted"
+
+
+def test_of_what_others_host_a_server_gives_up_no_more_than_it_must() -> None:
+    me = ExpertHost("me", {0: frozenset(range(4)), 1: frozenset(range(4))})
+    other = ExpertHost("other", {0: frozenset(range(4)), 1: frozenset({0})})
+    new = wanted_repair(me, [other], [4, 4, 2], [1, 1, 1], 8)
+    assert new is not None and new[2] == {0, 1} and new[1] >= {1, 2, 3}
+    assert sum(map(len, new.values())) == 8
+    assert wanted_repair(me, [other], [4, 4, 0], [1, 1, 1], 8) is None
 
 
 # --- what a layer server holds itself

@@ -37,7 +37,9 @@ from swarm.protocol.messages import (
     Ping,
     Refusal,
 )
+from swarm.server.experts.preparation import prepare_experts
 from swarm.server.experts.wanted import WantedExperts
+from swarm.server.plan import PROCESS_BYTES, WORKING_BYTES
 from swarm.server.preparation import prepare
 from swarm.server.settings import ServerSettings
 from swarm.transport.node import Node
@@ -160,6 +162,39 @@ def test_without_a_replica_the_error_names_what_is_missing_and_the_session_goes_
             ids = model.generate(ids, session=session, do_sample=False, max_new_tokens=left, min_new_tokens=left)
             assert ids[0].tolist() == expected
         model.disconnect()
+
+
+def test_what_nobody_hosts_any_more_is_taken_over_by_a_server_that_can_spare_others(
+    warm: WarmLoopback, mixtral: str, whole: Any
+) -> None:
+    expected = answer(whole, 40)
+    one_bytes = prepare_experts(ServerSettings(mixtral, experts_only=True)).expert_bytes(0)
+    room_for_half = f"{PROCESS_BYTES + WORKING_BYTES + 8 * one_bytes}B"
+    looking = ("--rebalance-every", "1", "--claim-wait", "1", "--settle-wait", "0.2")
+    with LocalSwarm(warm) as swarm:
+        swarm.start_server(mixtral, "--blocks", "0:4", "--experts", "none", "--experts-deadline", "60")
+        servers = [
+            swarm.start_server(mixtral, "--role", "experts", "--memory", room_for_half, "--threads", "1", *looking)
+            for _ in range(3)
+        ]
+        hosted = [{int(block) for block in server.ready["experts"]} for server in servers if server.ready is not None]
+        assert all(len(blocks) == 2 for blocks in hosted) and set().union(*hosted) == {0, 1, 2, 3}
+        needed = next(one for one in range(3) if hosted[one].difference(*hosted[:one], *hosted[one + 1 :]))
+        model = connected(swarm, mixtral)
+        assert answer(model, 40) == expected
+        assert answer(model, 40, streamer=Gaps(at=12, then=servers[needed].process.kill)) == expected
+        assert set[int]().union(*asyncio.run(hosted_now(swarm, mixtral))) == {0, 1, 2, 3}
+        assert answer(model, 40) == expected
+        model.disconnect()
+
+
+async def hosted_now(swarm: LocalSwarm, model: str) -> list[set[int]]:
+    """The blocks of each server of experts that is there."""
+    network = await Network.join(ClientSettings(initial_peers=tuple(swarm.initial_peers)))
+    try:
+        return [set(one.experts) for one in await network.experts(open_checkpoint(model).model_digest)]
+    finally:
+        await network.leave()
 
 
 def test_a_step_that_lacks_experts_waits_for_them(warm: WarmLoopback, mixtral: str, whole: Any) -> None:

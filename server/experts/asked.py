@@ -21,13 +21,24 @@ class Asked:
         Args:
             hosted: by block, in ascending order.
         """
-        self._hosted = {block: np.asarray(experts) for block, experts in hosted.items()}
-        self._tokens = {block: np.zeros(len(experts)) for block, experts in hosted.items()}
+        self._hosted: dict[int, NDArray[np.int64]] = {}
+        self._tokens: dict[int, NDArray[np.float64]] = {}
         self._faded_at = now
+        for block, experts in hosted.items():
+            self.host(block, experts)
+
+    def host(self, block: int, experts: Sequence[int]) -> None:
+        """From now on these of `block`, in ascending order; none: it is not hosted any more."""
+        self._hosted.pop(block, None)
+        self._tokens.pop(block, None)
+        if experts:
+            self._hosted[block], self._tokens[block] = np.asarray(experts), np.zeros(len(experts))
 
     def count(self, block: int, experts: NDArray[np.int64], now: float) -> None:
-        """A call: ``[n]``, hosted experts of `block`, one for each token that is sent to it."""
+        """A call: ``[n]``, experts of `block`, one for each token that is sent to it, that were hosted when it came."""
         self._fade(now)
+        if not np.isin(experts, self._hosted.get(block, ())).all():
+            return
         np.add.at(self._tokens[block], np.searchsorted(self._hosted[block], experts), 1.0)
 
     def heats(self, now: float) -> dict[int, bytes]:

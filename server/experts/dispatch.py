@@ -177,6 +177,8 @@ class ExpertDispatch:
             return
         there = {one.peer_id: one for one in found if one.state in (State.ONLINE, State.DRAINING)}
         self._failed_at = {peer_id: at for peer_id, at in self._failed_at.items() if peer_id in there}
+        for peer_id in {one.peer_id for one in found if one.state is State.JOINING} & self._hosts.keys():
+            self._hosts[peer_id].experts = {}  # it has given up what it hosted
         for peer_id, announcement in there.items():
             if announcement.dtype != self._dtype:
                 continue

@@ -1,8 +1,10 @@
-"""The life of a server of experts: join, load, compute for others, drain, leave."""
+"""The life of a server of experts: join, load, compute for others, take over what nobody hosts, drain, leave."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
+import logging
 import time
 from collections.abc import Callable, Mapping
 
@@ -12,6 +14,7 @@ from tqdm import tqdm
 from swarm import __version__
 from swarm.dht import Directory, ExpertAnnouncement, State
 from swarm.dht.expert_announcement import bitmaps_of
+from swarm.errors import SwarmError
 from swarm.models.experts import HostedExperts, load_experts
 from swarm.placement.expert_coverage import ExpertHost
 from swarm.placement.expert_demand import NO_DEMAND, ExpertDemand
@@ -21,15 +24,22 @@ from swarm.protocol.tensors import dtype_name
 from swarm.server.announcer import Announcer
 from swarm.server.compute import ComputeThread
 from swarm.server.experts.preparation import PreparedExperts
+from swarm.server.experts.repair import Repair
 from swarm.server.experts.streams import Contribution, ExpertStreams
 from swarm.server.membership import fail_with_daemon, membership
-from swarm.server.resident_memory import memory_given_back, share_one_heap
+from swarm.server.resident_memory import free_memory, memory_given_back, share_one_heap
 from swarm.server.settings import ServerSettings
 from swarm.server.throughput import best_s
 from swarm.transport.node import Node
 
+logger = logging.getLogger(__name__)
+
 _LEAVING_S = 1.0
 """So long before it goes, those who use it learn that it will."""
+_HAND_OVER_S = 6.0
+"""So long before it gives experts up, those who use it learn that it will, and ask others for them."""
+_LOAD_FAILURES = (SwarmError, OSError, MemoryError, RuntimeError)
+"""torch reports that memory is exhausted as a RuntimeError."""
 _MEASURED_ROWS = 64
 _MEASURING_S = 0.3
 
@@ -43,7 +53,8 @@ class ExpertServer:
         self._compute = ComputeThread(settings.threads)
         self._leave = asyncio.Event()
         self._state = State.JOINING
-        self._hosted: Mapping[int, frozenset[int]] = {}
+        self._hosted: dict[int, frozenset[int]] = {}
+        self._coming: dict[int, frozenset[int]] = {}
         self._streams: ExpertStreams | None = None
         self._rows_per_s: float | None = None
         self._tentative = False
@@ -61,19 +72,21 @@ class ExpertServer:
         self,
         on_plan: Callable[[Mapping[int, frozenset[int]]], None] = lambda _: None,
         on_ready: Callable[[ExpertAnnouncement], None] = lambda _: None,
+        on_repair: Callable[[ExpertAnnouncement], None] = lambda _: None,
     ) -> None:
         """Join the swarm, load, serve until :meth:`leave`, and leave.
 
         Args:
             on_plan: called with the experts to be hosted, by block, before they are loaded.
             on_ready: called with the first announcement in which the server is online.
+            on_repair: called when it hosts experts that nobody hosted, with the announcement that says so.
 
         Raises:
             BootstrapFailed, PortTaken, PeerError: the swarm cannot be joined.
             CorruptCheckpoint: the weights cannot be loaded.
         """
         async with membership(self._settings, self._compute) as (node, directory):
-            await self._serve(node, directory, on_plan, on_ready)
+            await self._serve(node, directory, on_plan, on_ready, on_repair)
 
     async def _serve(
         self,
@@ -81,6 +94,7 @@ class ExpertServer:
         directory: Directory,
         on_plan: Callable[[Mapping[int, frozenset[int]]], None],
         on_ready: Callable[[ExpertAnnouncement], None],
+        on_repair: Callable[[ExpertAnnouncement], None],
     ) -> None:
         prepared = self._prepared
         await self._compute.run(lambda: prepared.checkpoint.model_digest)  # reads files, which loading lets go of
@@ -93,7 +107,7 @@ class ExpertServer:
             {block: table.count for block, table in prepared.tables.items()},
         )
         if prepared.wanted is not None:
-            self._hosted = prepared.wanted
+            self._hosted = dict(prepared.wanted)
         else:
             await self._find_place(node, directory, announcer)
         on_plan(self._hosted)
@@ -103,7 +117,7 @@ class ExpertServer:
                     tasks.create_task(announcer.keep_announced()),
                     tasks.create_task(fail_with_daemon(node)),
                 ]
-                loaded, _ = await self._compute.run(self._load)
+                loaded, _ = await self._compute.run(self._load_all)
                 checkpoint = prepared.checkpoint
                 self._streams = streams = ExpertStreams(
                     loaded, checkpoint.model_digest, checkpoint.hidden_size, prepared.dtype, self._compute
@@ -113,7 +127,10 @@ class ExpertServer:
                     self._state = State.ONLINE
                     announcement, _ = await announcer.announce()
                     on_ready(announcement)
+                    repairing = tasks.create_task(self._repair(node, directory, announcer, streams, on_repair))
                     await self._leave.wait()
+                    repairing.cancel()
+                    await asyncio.wait([repairing])
                     self._state, streams.draining = State.DRAINING, True
                     await announcer.announce()
                     await asyncio.sleep(_LEAVING_S)
@@ -125,27 +142,93 @@ class ExpertServer:
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from group
 
-    def _load(self) -> dict[int, HostedExperts]:
+    def _load_all(self) -> dict[int, HostedExperts]:
+        """Called on the compute thread."""
+        loaded = self._load(self._hosted)
+        self._rows_per_s = _measure(next(iter(loaded.values())), self._prepared)
+        return loaded
+
+    def _load(self, wanted: Mapping[int, frozenset[int]]) -> dict[int, HostedExperts]:
         """Called on the compute thread."""
         prepared = self._prepared
         total = sum(
             prepared.tables[block].elements_of_one(prepared.checkpoint) * len(experts)
-            for block, experts in self._hosted.items()
+            for block, experts in wanted.items()
         )
         with (
             memory_given_back(),
             tqdm(total=total, unit=" weights", unit_scale=True, desc="Loading experts") as bar,
         ):
-            loaded = load_experts(
+            return load_experts(
                 prepared.checkpoint,
                 prepared.tables,
-                self._hosted,
+                wanted,
                 dtype=prepared.dtype,
                 device=prepared.device,
                 on_elements=bar.update,
             )
-            self._rows_per_s = _measure(next(iter(loaded.values())), prepared)
-        return loaded
+
+    async def _repair(
+        self,
+        node: Node,
+        directory: Directory,
+        announcer: Announcer[ExpertAnnouncement],
+        streams: ExpertStreams,
+        on_repair: Callable[[ExpertAnnouncement], None],
+    ) -> None:
+        """Host what nobody hosts, whenever there is such a thing, unless the owner has said what to host."""
+        if self._prepared.wanted is not None or not self._settings.rebalances:
+            return
+
+        async def claim(coming: Mapping[int, frozenset[int]]) -> None:
+            self._coming = dict(coming)
+            await announcer.announce()
+
+        async def carry_out(wanted: Mapping[int, frozenset[int]]) -> bool:
+            repaired = await self._host_instead(wanted, announcer, streams)
+            announcement, _ = await announcer.announce()
+            if repaired:
+                on_repair(announcement)
+            return repaired
+
+        await Repair(node.peer_id, directory, self._prepared, self._settings).run(
+            lambda: self._hosted, claim, carry_out
+        )
+
+    async def _host_instead(
+        self, wanted: Mapping[int, frozenset[int]], announcer: Announcer[ExpertAnnouncement], streams: ExpertStreams
+    ) -> bool:
+        """Give up the blocks of which other experts are wanted, and load these, block by block.
+
+        Returns:
+            Whether all could be loaded. If not, it hosts what it could load.
+        """
+        changed = {
+            block for block in wanted.keys() | self._hosted.keys() if wanted.get(block) != self._hosted.get(block)
+        }
+        logger.warning("hosting experts of %d blocks that nobody hosts", len(changed & wanted.keys()))
+        given_up = changed & self._hosted.keys()
+        self._hosted = {block: experts for block, experts in self._hosted.items() if block not in changed}
+        self._coming = dict(wanted)
+        await announcer.announce()
+        await asyncio.sleep(_HAND_OVER_S)
+        for block in given_up:
+            streams.host(block, None)
+        await self._compute.run(free_memory)
+        try:
+            for block in sorted(changed & wanted.keys()):
+                loaded, _ = await self._compute.run(functools.partial(self._load, {block: wanted[block]}))
+                streams.host(block, loaded[block])
+                self._hosted = {**self._hosted, block: wanted[block]}
+                await announcer.announce()
+        except _LOAD_FAILURES as error:
+            logger.error("experts that nobody hosts could not be loaded: %s", error)
+            if not self._hosted:
+                raise
+            return False
+        finally:
+            self._coming = {}
+        return True
 
     async def _find_place(self, node: Node, directory: Directory, announcer: Announcer[ExpertAnnouncement]) -> None:
         """Choose what is needed most; with others who come at the same time, share it."""
@@ -159,7 +242,7 @@ class ExpertServer:
             others = [one for one in await directory.experts(model) if one.peer_id != node.peer_id]
             joiners = [ExpertJoiner(one.peer_id, one.room_bytes) for one in others if one.tentative]
             hosts = [
-                ExpertHost(one.peer_id, one.experts, one.rows_per_s or 0.0)
+                ExpertHost(one.peer_id, one.experts_soon, one.rows_per_s or 0.0)
                 for one in others
                 if not one.tentative and one.state is not State.DRAINING
             ]
@@ -182,19 +265,25 @@ class ExpertServer:
             peer_id=node.peer_id,
             model=checkpoint.model_digest,
             model_name=self._settings.model[-96:],
-            state=self._state,
-            bitmaps=bitmaps_of(self._hosted),
+            # While there is nothing that it could compute, it is as if it joined anew.
+            state=self._state if self._hosted or self._state is not State.ONLINE else State.JOINING,
+            bitmaps=bitmaps_of(self._hosted or self._coming),
+            coming=bitmaps_of(self._coming if self._hosted else {}),
             dtype=dtype_name(self._prepared.dtype),
             tentative=self._tentative,
             room_bytes=max(0, self._prepared.room_bytes),
             rows_per_s=self._rows_per_s,
             calls_under_way=self._streams.calls_under_way if self._streams else 0,
-            heats=self._streams.asked.heats(time.monotonic()) if self._streams else {},
+            heats=self._heats(),
             addresses=addresses,
             version=__version__,
             public_name=self._settings.public_name,
             issued_at=time.time(),
         )
+
+    def _heats(self) -> dict[int, bytes]:
+        heats = self._streams.asked.heats(time.monotonic()) if self._streams is not None else {}
+        return {block: heat for block, heat in heats.items() if block in self._hosted}
 
 
 def _measure(hosted: HostedExperts, prepared: PreparedExperts) -> float:

@@ -28,7 +28,6 @@ from swarm.protocol.wire import Wire
 from swarm.server.compute import ComputeThread
 from swarm.server.experts.asked import Asked
 from swarm.server.schedule import Waiting
-from swarm.transport.node import Node
 from swarm.transport.outgoing import write
 
 logger = logging.getLogger(__name__)
@@ -73,16 +72,19 @@ class ExpertStreams:
         self, hosted: Mapping[int, HostedExperts], model: str, hidden_size: int, dtype: torch.dtype,
         compute: ComputeThread,
     ) -> None:  # fmt: skip
-        self._hosted, self._model, self._hidden_size, self._dtype = hosted, model, hidden_size, dtype
+        self._hosted, self._model, self._hidden_size, self._dtype = dict(hosted), model, hidden_size, dtype
         self._compute = compute
         self.calls_under_way = 0
         self.draining = False
         self.contribution = Contribution()
         self.asked = Asked({block: experts.kept for block, experts in hosted.items()}, time.monotonic())
 
-    async def serve_on(self, node: Node, protocol: str) -> None:
-        """From now on."""
-        await node.serve(protocol, self.handle)
+    def host(self, block: int, hosted: HostedExperts | None) -> None:
+        """From now on these experts of `block`, and no others; calls under way still get those that they asked for."""
+        self._hosted.pop(block, None)
+        if hosted is not None:
+            self._hosted[block] = hosted
+        self.asked.host(block, hosted.kept if hosted is not None else ())
 
     async def handle(self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve a stream until its end; who breaks the protocol loses this stream only."""

@@ -35,7 +35,7 @@ def expert_table(title: str, hosts: Sequence[ExpertAnnouncement], counts: Mappin
             name_of(host),
             f"{blocks[0]}–{blocks[-1]}" if blocks[-1] > blocks[0] else str(blocks[0]),
             f"{experts:,} of {sum(counts.values()):,}",
-            host.state.value,
+            f"{host.state.value}, taking over others" if host.coming else host.state.value,
             f"{host.rows_per_s:,.0f}" if host.rows_per_s is not None else "",
             str(host.calls_under_way),
             host.dtype,

@@ -89,13 +89,20 @@ def _run_experts(settings: ServerSettings, output: Output) -> int:
             rows_per_s=announcement.rows_per_s,
         )
 
+    def show_repair(announcement: ExpertAnnouncement) -> None:
+        output.say(f"Nobody hosted some experts any more. Serving {describe(announcement.experts)} now.")
+        output.event(
+            event="repaired",
+            experts={str(block): sorted(experts) for block, experts in announcement.experts.items()},
+        )
+
     def said_at_the_end() -> dict[str, object]:
         done = server.contribution
         if done.calls:
             output.say(f"It computed experts for {done.tokens:,} tokens, in {done.calls:,} calls.")
         return dataclasses.asdict(done)
 
-    return _until_left(server.leave, lambda: server.run(show_plan, show_ready), output, said_at_the_end)
+    return _until_left(server.leave, lambda: server.run(show_plan, show_ready, show_repair), output, said_at_the_end)
 
 
 def _run(settings: ServerSettings, output: Output) -> int:
@@ -379,9 +386,10 @@ def _parser() -> argparse.ArgumentParser:
 def _add_moving_arguments(parser: argparse.ArgumentParser) -> None:
     usual = ServerSettings("")
     moving = parser.add_argument_group(
-        "moving (with --blocks auto)",
+        "moving (with --blocks auto, or --role experts)",
         "The server moves to other blocks when these have no server, or a single one, or are the slowest by far. Its "
-        "sessions go on elsewhere, and it never leaves blocks that nobody else serves. Not with --offload.",
+        "sessions go on elsewhere, and it never leaves blocks that nobody else serves. Not with --offload. A server of "
+        "experts that chose its own takes over experts that nobody hosts any more, in place of some that others host.",
     )
     moving.add_argument(
         "--no-rebalance", dest="rebalances", action="store_false", help="stay with the blocks that were chosen first"

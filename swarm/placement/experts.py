@@ -97,10 +97,33 @@ def share_experts(
     joining = {one.peer_id: one for one in joiners}
     coverage = ExpertCoverage.of((one for one in hosts if one.peer_id not in joining), model_shape, demand)
     shared: dict[str, dict[int, frozenset[int]]] = {}
-    for one in sorted(joining.values(), key=lambda one: _lot(one.peer_id)):
+    for one in sorted(joining.values(), key=lambda one: lot(one.peer_id)):
         shared[one.peer_id] = choose_over(coverage, expert_bytes, one.memory_bytes, demand, peer_id=one.peer_id)
         coverage.add(ExpertHost(one.peer_id, shared[one.peer_id], one.capacity))
     return shared
+
+
+def wanted_repair(
+    me: ExpertHost,
+    others: Iterable[ExpertHost],
+    model_shape: Sequence[int],
+    expert_bytes: Sequence[int],
+    memory_bytes: int,
+    demand: ExpertDemand = NO_DEMAND,
+) -> dict[int, frozenset[int]] | None:
+    """What a server should host from now on, because some experts have no server at all; None: there is no need, or it
+    has no room that others could spare.
+
+    It keeps what nobody else hosts, takes of what nobody hosts as many as fit, and keeps of the rest what still fits.
+    """
+    coverage = ExpertCoverage.of(others, model_shape, demand)
+    mine = coverage.flags(me.experts)
+    choice = _Choice(coverage, expert_bytes, memory_bytes, demand, me.peer_id)
+    for wanted in (mine & (coverage.copies == 0), ~mine & (coverage.copies == 0)):
+        choice.take(wanted)
+    repaired = bool((choice.mine & ~mine).any())
+    choice.take(mine & ~choice.mine)
+    return experts_of(choice.mine) if repaired else None
 
 
 def local_experts(
@@ -152,7 +175,7 @@ class _Choice:
         self._experts: Counts = np.maximum(coverage.exists.sum(1), 1)
         self._needs = coverage.needs()
         blocks = max(len(coverage.model_shape), 1)
-        self._turn = (np.arange(len(coverage.model_shape)) - int.from_bytes(_lot(peer_id)) % blocks) % blocks
+        self._turn = (np.arange(len(coverage.model_shape)) - int.from_bytes(lot(peer_id)) % blocks) % blocks
 
     def take(self, wanted: Flags, *, neediest_first: bool = False) -> None:
         """Of these, as many as fit, block by block."""
@@ -185,5 +208,6 @@ class _Choice:
         return int(np.lexsort([self._turn, ~beside, *reversed(keys), fit == 0])[0])
 
 
-def _lot(peer_id: str) -> bytes:
+def lot(peer_id: str) -> bytes:
+    """Its place in an order that is the same for everybody, and that nobody has chosen."""
     return hashlib.sha256(peer_id.encode()).digest()
