@@ -45,8 +45,8 @@ from swarm.server.settings import ServerSettings
 from swarm.transport.node import Node
 from swarm.transport.watched_stream import WatchedStream
 
-SEEN_ALWAYS = ["mixtral", "deepseek_v3", "gpt_oss"]
-SEEN_IN_SOAK = ["qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "granitemoe", "phimoe", "ernie4_5_moe"]
+SEEN_ALWAYS = ["mixtral", "deepseek_v3", "qwen2_moe", "gpt_oss"]
+SEEN_IN_SOAK = ["qwen3_moe", "olmoe", "glm4_moe", "granitemoe", "phimoe", "ernie4_5_moe"]
 PROMPT = torch.tensor([[5, 17, 9, 40, 3, 22, 8], [1, 1, 11, 60, 2, 7, 33]])
 MASK = torch.tensor([[1] * 7, [0, 0, 1, 1, 1, 1, 1]])
 ONE = PROMPT[:1]

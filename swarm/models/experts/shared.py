@@ -55,16 +55,16 @@ class _SharedExperts(nn.Module):
         elif self._entered is not None:
             self._ahead = self.module(self._entered)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor | _PutOff:
         """
         Args:
             hidden_states: ``[..., hidden]``
 
         Returns:
-            ``[..., hidden]``; before it is time, a tensor that is computed when it is needed.
+            ``[..., hidden]``; before it is time, something that becomes this tensor when it is needed.
         """
         if not self._is_time:
-            self._put_off = _PutOff(hidden_states, lambda: self.module(hidden_states))
+            self._put_off = _PutOff(lambda: self.module(hidden_states))
             return self._put_off
         ahead, entered, self._ahead, self._entered = self._ahead, self._entered, None, None
         if ahead is not None and hidden_states is entered:
@@ -73,28 +73,35 @@ class _SharedExperts(nn.Module):
         return outputs
 
 
-class _PutOff(torch.Tensor):
-    """What a function will return, while it has not been called: whatever is done with this tensor calls it."""
+class _PutOff:
+    """What a function will return, while it has not been called: whatever is done with this, as if it were the tensor,
+    calls it. (No tensor by type: what torch imports for those is not there on servers, see :mod:`swarm.lean_imports`.)
+    """
 
-    _compute: Callable[[], torch.Tensor]
-    _value: torch.Tensor | None
-
-    @staticmethod
-    def __new__(cls, like: torch.Tensor, compute: Callable[[], torch.Tensor]) -> _PutOff:
-        made: _PutOff = torch.Tensor._make_wrapper_subclass(
-            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
-        )  # type: ignore[attr-defined]
-        made._compute, made._value = compute, None
-        return made
+    def __init__(self, compute: Callable[[], torch.Tensor]) -> None:
+        self._compute = compute
+        self._value: torch.Tensor | None = None
 
     def value(self) -> torch.Tensor:
-        """The tensor itself."""
+        """The tensor."""
         if self._value is None:
             self._value = self._compute()
         return self._value
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.value(), name)
+
+    def __add__(self, other: Any) -> Any:
+        return self.value() + other
+
+    def __mul__(self, other: Any) -> Any:
+        return self.value() * other
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.value()[index]
+
     @classmethod
-    def __torch_dispatch__(
+    def __torch_function__(
         cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         args, kwargs = tree_map_only(_PutOff, _PutOff.value, (args, kwargs or {}))
