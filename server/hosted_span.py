@@ -48,8 +48,6 @@ class HostedSpan:
     speed: ComputeSpeed
     block_digests: tuple[str, ...]
     """As they are announced."""
-    routed: RoutedTables
-    """Blocks whose routed experts are not all here, and those of them that are."""
     reused: int = 0
     """So many of the blocks were in memory already."""
 
@@ -127,7 +125,7 @@ def load_hosted_span(
     go_on()
     speed = _speed_of(span, together, checkpoint, settings)
     short = tuple(digest[:_DIGEST_DIGITS] for digest in digests[start:end])
-    return HostedSpan(span, pool, together, speed, short, routed, sum(start <= block < end for block in reuse))
+    return HostedSpan(span, pool, together, speed, short, sum(start <= block < end for block in reuse))
 
 
 def _speed_of(span: Span, together: Together | None, checkpoint: Checkpoint, settings: ServerSettings) -> ComputeSpeed:

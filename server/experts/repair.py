@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 
 from swarm.dht import Directory, State
 from swarm.errors import SwarmError
 from swarm.placement import ExpertHost, wanted_repair
+from swarm.placement.expert_coverage import Experts
 from swarm.placement.experts import lot
 from swarm.server.experts.preparation import PreparedExperts
 from swarm.server.settings import ServerSettings
@@ -17,8 +18,6 @@ from swarm.server.settings import ServerSettings
 logger = logging.getLogger(__name__)
 
 _JITTER = 0.5
-
-Experts = Mapping[int, frozenset[int]]
 
 
 class Repair:

@@ -52,6 +52,7 @@ class _SharedExperts(nn.Module):
         self._is_time = True
         if self._put_off is not None:
             self._put_off.value()
+            self._put_off = self._entered = None
         elif self._entered is not None:
             self._ahead = self.module(self._entered)
 
