@@ -73,6 +73,20 @@ def test_all_who_may_move_at_the_same_time_uncover_nothing_even_while_they_are_a
 
 @given(SPANS, st.randoms(use_true_random=False))
 @quick
+def test_the_first_of_those_who_want_to_move_may_also_where_they_know_how_far_others_are(
+    spans: list[tuple[int, int, float]], random: Random
+) -> None:
+    servers = [
+        replace(one, rtts_s={f"peer {other}": random.choice([0.0002, 0.003, 0.02, 0.2]) for other in range(len(spans))})
+        for one in placed(spans)
+    ]
+    claims = wants(servers)
+    may = [move for move in claims.values() if may_move(move, claims.values(), servers, NUM_BLOCKS)]
+    assert bool(may) == bool(claims)
+
+
+@given(SPANS, st.randoms(use_true_random=False))
+@quick
 def test_who_sees_the_same_swarm_decides_the_same(spans: list[tuple[int, int, float]], random: Random) -> None:
     servers = placed(spans)
     shuffled = list(servers)

@@ -11,6 +11,8 @@ from swarm.placement.hosting import Capacity, Hosting, Span
 from swarm.placement.tiles import tile_lengths, tile_starts
 
 _NOTHING_KNOWN: Mapping[str, float] = MappingProxyType({})
+_LEAST_RTT_S = 0.005
+"""Shorter round trips are not told apart: how busy machines are makes more difference."""
 _SLOWEST_SHARE = 0.25
 """A server hosts fewer blocks than fit if with all of them it were slower than this share of what others do."""
 
@@ -142,8 +144,9 @@ def _turn(joining: Hosting) -> bytes:
 
 
 def _nearest(starts: Sequence[int], length: int, others: Iterable[Hosting], rtts_s: Mapping[str, float]) -> int:
-    """Of `starts`, the one with the nearest neighbours, as far as that is known; else the first."""
+    """Of `starts` the one with the nearest neighbours, as far as that is known; of equals the first."""
     near = [one for one in others if one.peer_id in rtts_s]
+    rtts_s = {peer_id: max(rtt_s, _LEAST_RTT_S) for peer_id, rtt_s in rtts_s.items()}
 
     def distance_s(start: int) -> float:
         """To the nearest server before and after, where that is known."""

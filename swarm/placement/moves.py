@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import numpy as np
@@ -128,11 +128,17 @@ def may_move(
         return False
     others = sorted(there.values(), key=lambda one: one.peer_id)
     believed = [one for one in claims if one.peer_id in there and there[one.peer_id].span == one.old]
-    return may_move_over(move, me, believed, Coverage.of(others, num_blocks), len(there) + 1, policy)
+    return may_move_over(move, me, believed, Coverage.of(others, num_blocks), len(there) + 1, policy, others)
 
 
 def may_move_over(
-    move: Move, me: Hosting, claims: Iterable[Move], coverage: Coverage, servers: int, policy: MovePolicy = MovePolicy()
+    move: Move,
+    me: Hosting,
+    claims: Iterable[Move],
+    coverage: Coverage,
+    servers: int,
+    policy: MovePolicy = MovePolicy(),
+    others: Sequence[Hosting] = (),
 ) -> bool:
     """Likewise.
 
@@ -140,6 +146,7 @@ def may_move_over(
         claims: by servers that host what they claim to leave.
         coverage: that of all others.
         servers: how many there are.
+        others: need be named only if `me` knows its ways to them.
     """
     before = [one for one in claims if one.peer_id != move.peer_id and goes_before(one, move)]
     if len(before) >= max(1, int(policy.at_once * servers)):
@@ -151,7 +158,12 @@ def may_move_over(
         return False
     for claim in before:
         meanwhile.add(claim.new, claim.steps_per_s)
-    again = wanted_over(me, meanwhile, policy)
+    gone_to = {claim.peer_id: claim.new for claim in before}
+    arrived = [
+        replace(one, start=gone_to[one.peer_id][0], end=gone_to[one.peer_id][1]) if one.peer_id in gone_to else one
+        for one in others
+    ]
+    again = wanted_over(me, meanwhile, policy, arrived)
     return again is not None and again.new == move.new
 
 
