@@ -116,6 +116,7 @@ def eventually(is_true: Callable[[], bool], timeout_s: float = 5.0) -> bool:
 
 
 @needs_netlab
+@pytest.mark.quiet
 def test_a_round_trip_takes_twice_the_delay(lab: Laboratory) -> None:
     lab.set_link("a", "b", Link(delay_s=0.025))
     near, far = connection(lab, "a", "b")
