@@ -233,9 +233,7 @@ class ExpertServer:
     async def _find_place(self, node: Node, directory: Directory, announcer: Announcer[ExpertAnnouncement]) -> None:
         """Choose what is needed most; with others who come at the same time, share it."""
         prepared, model = self._prepared, self._prepared.checkpoint.model_digest
-        blocks = range(prepared.checkpoint.num_blocks)
-        shape = [prepared.tables[block].count if block in prepared.tables else 0 for block in blocks]
-        sizes = [prepared.expert_bytes(block) if block in prepared.tables else 0 for block in blocks]
+        shape, sizes = prepared.model_shape, prepared.expert_sizes
         me = ExpertJoiner(node.peer_id, prepared.room_bytes)
 
         async def choose() -> dict[int, frozenset[int]]:

@@ -35,6 +35,17 @@ class PreparedExperts:
         """For weights."""
         return self.memory_bytes - PROCESS_BYTES - WORKING_BYTES
 
+    @property
+    def model_shape(self) -> list[int]:
+        """How many experts each block of the model has; 0: it is dense."""
+        blocks = range(self.checkpoint.num_blocks)
+        return [self.tables[block].count if block in self.tables else 0 for block in blocks]
+
+    @property
+    def expert_sizes(self) -> list[int]:
+        """Bytes of one expert of each block; 0: it has none."""
+        return [self.expert_bytes(block) if block in self.tables else 0 for block in range(self.checkpoint.num_blocks)]
+
     def expert_bytes(self, block: int) -> int:
         """What one expert of `block` occupies."""
         return self.tables[block].elements_of_one(self.checkpoint) * self.dtype.itemsize

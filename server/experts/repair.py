@@ -26,9 +26,7 @@ class Repair:
     def __init__(self, peer_id: str, directory: Directory, prepared: PreparedExperts, settings: ServerSettings) -> None:
         self._peer_id, self._directory, self._settings = peer_id, directory, settings
         self._model = prepared.checkpoint.model_digest
-        blocks = range(prepared.checkpoint.num_blocks)
-        self._shape = [prepared.tables[block].count if block in prepared.tables else 0 for block in blocks]
-        self._sizes = [prepared.expert_bytes(block) if block in prepared.tables else 0 for block in blocks]
+        self._shape, self._sizes = prepared.model_shape, prepared.expert_sizes
         self._room_bytes = prepared.room_bytes
 
     async def run(
