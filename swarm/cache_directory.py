@@ -28,9 +28,10 @@ def cache_directory(name: str) -> Path:
     return swarm_home() / name
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a whole file or none; readers never see half of it. A full disk is a warning: it is only a cache."""
-    _write_then_rename(path, lambda temporary: temporary.write_text(text))
+    data = content.encode() if isinstance(content, str) else content
+    _write_then_rename(path, lambda temporary: temporary.write_bytes(data))
 
 
 def fill_directory_atomically(path: Path, fill: Callable[[Path], object]) -> None:

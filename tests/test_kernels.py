@@ -67,6 +67,13 @@ def test_of_equals_the_first_is_taken() -> None:
     assert decide({"one": [1.0, 1.0], "two": [0.5, 1.1], "three": [0.1, 1.0]}) == "three"
 
 
+def test_a_favourite_may_take_twice_as_long() -> None:
+    times = {"favourite": [1.9, 1.9], "one": [1.0, 1.0], "two": [1.5, 1.5]}
+    assert decide(times) == "one" and decide(times, "favourite") == "favourite"
+    assert decide({**times, "favourite": [2.1, 2.1]}, "favourite") == "one"
+    assert decide(times, "does not work here") == "one"
+
+
 def test_the_fastest_that_works_is_chosen(home: Path) -> None:
     wrong, broken = Float("wrong", factor=1.1), Float("broken", error=NotImplementedError("no such instruction"))
     assert choose(wrong, broken, Float("slow", repetitions=50), Float("fast")) == "fast"

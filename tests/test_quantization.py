@@ -218,15 +218,14 @@ def test_only_clients_who_ask_for_quantized_weights_use_them(
 
 
 @pytest.mark.parametrize("exponent", [-38, -6, 0, 6])
-def test_what_is_compiled_gives_the_same_bits(exponent: int) -> None:
+def test_kernels_of_torch_give_the_same_bits_and_the_compiled_one_comes_close(exponent: int) -> None:
     rows = states(5, 96) * 10.0**exponent
     rows[3] = 0
-    compiled, usual = int8.RowBytes.compiled(rows), int8.RowBytes.of(rows)
-    assert torch.equal(compiled.bytes_, usual.bytes_)
-    assert torch.equal(compiled.scale, usual.scale)
     levels = int8.Int8Levels.of(states(64, 96, seed=2))
     kernels = {kernel.name: kernel for kernel in int8.KERNELS}
     products = {name: kernels[name].multiply(rows, *kernels[name].arrange(levels)) for name in kernels}
-    assert {"rows", "floats"} < products.keys() and sum(name.startswith("compiled") for name in products) == 2
-    for name in products.keys() - {"packed"}:  # oneDNN rounds in an order of its own
+    assert {"rows", "columns", "floats", "panels"} < products.keys()
+    for name in products.keys() - {"packed", "panels"}:  # oneDNN rounds in an order of its own
         assert torch.equal(products[name], products["rows"]), name
+    largest = products["rows"].abs().amax(dim=1, keepdim=True)
+    assert ((products["panels"] - products["rows"]).abs() <= 1e-6 * largest).all()

@@ -10,9 +10,12 @@ from test_families import SUPPORTED
 from tiny_models import save_tiny_model
 
 from swarm.models import Span, load_span, open_checkpoint
+from swarm.models.compiled_blocks import CompiledBlocks
 from swarm.models.fast_blocks import FastBlocks, fuse_projections
 from swarm.models.paged_cache import PagedCache, PagePool
-from swarm.models.together import ThroughLayers, way_together
+from swarm.models.quantization import int4, int8
+from swarm.models.together import ThroughLayers, Together, way_together
+from swarm.models.weight_layout import Layout, lay_out_span
 
 ONE_BY_ONE = {"bloom", "falcon", "falcon-alibi", "falcon-new-decoder", "phi3-longrope"}
 """Their attention does not pass through transformers' interface, or a long sequence would change others' rotations."""
@@ -47,23 +50,38 @@ def run_paged(span: Span, prompt: torch.Tensor, cache: PagedCache) -> torch.Tens
     return span.forward(prompt, cache)
 
 
+def lay_out_in_panels(span: Span, hidden: int) -> None:
+    lay_out_span(span, hidden, lambda linears: {linear.weight.shape: Layout.PANELS for linear in linears})
+
+
 @pytest.mark.parametrize("name", SUPPORTED)
-@pytest.mark.parametrize("fast", [False, True], ids=["through its layers", "fast"])
-def test_together_is_as_alone(name: str, fast: bool, tmp_path: Path) -> None:
+def test_together_is_as_alone_through_a_familys_own_layers(name: str, tmp_path: Path) -> None:
     span, hidden = span_of(name, tmp_path)
-    if fast:
-        fuse_projections(span)
-    blocks = FastBlocks.of(span)
-    assert (blocks is not None) == (fast and name in (FAST | {"granite"}))
+    assert FastBlocks.of(span) is None and CompiledBlocks.of(span) is None
+    way = way_together(span, hidden)
+    assert way == (None if name in ONE_BY_ONE else ThroughLayers(padded=name in PADDED))
+    if way is not None:
+        run_together_and_alone(way, span, hidden)
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("kind", [FastBlocks, CompiledBlocks])
+def test_together_is_as_alone_in_a_fast_way(
+    name: str, kind: type[FastBlocks] | type[CompiledBlocks], tmp_path: Path
+) -> None:
+    span, hidden = span_of(name, tmp_path)
+    fuse_projections(span)
+    if kind is CompiledBlocks:
+        lay_out_in_panels(span, hidden)
+    blocks = kind.of(span)
+    assert (blocks is not None) == (name in (FAST | {"granite"}))
     way = way_together(span, hidden, blocks)
-    if fast:
-        assert (way is blocks and blocks is not None) == (name in FAST)
-        if name not in FAST:
-            return
-    else:
-        assert way == (None if name in ONE_BY_ONE else ThroughLayers(padded=name in PADDED))
-    if way is None:
-        return
+    assert (way is blocks and blocks is not None) == (name in FAST)
+    if way is blocks and way is not None:
+        run_together_and_alone(way, span, hidden)
+
+
+def run_together_and_alone(way: Together, span: Span, hidden: int) -> None:
     alone = [span.new_cache() for _ in LENGTHS]
     together = paged(span, hidden, sum(ROWS))[: len(LENGTHS)]
     for cache, other, length, rows in zip(alone, together, LENGTHS, ROWS, strict=True):
@@ -90,7 +108,51 @@ def test_a_fast_way_that_gives_something_else_is_not_taken(
     assert fast is not None
     monkeypatch.setattr(fast, "_rotary", lambda states, ids: (torch.ones(1, 1, 16), torch.zeros(1, 1, 16)))
     assert way_together(span, hidden, fast) == ThroughLayers(padded=False)
-    assert "other results than transformers" in caplog.text
+    assert "give other results than transformers" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-sliding", "qwen3"])
+@pytest.mark.parametrize("scheme", [None, "int8", "int4"])
+def test_compiled_blocks_give_the_same_bits_in_any_company(
+    name: str, scheme: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (int8, int4):  # another kernel may be faster for weights as small as these
+        monkeypatch.setattr(module, "KERNELS", [kernel for kernel in module.KERNELS if kernel.name == "panels"])
+    save_tiny_model(name, tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    hidden = checkpoint.hidden_size
+    span = load_span(checkpoint, 1, 4, dtype=torch.float32, quantization=scheme)
+    fuse_projections(span)
+    if scheme is None:
+        lay_out_in_panels(span, hidden)
+    way = CompiledBlocks.of(span)
+    assert way is not None and way_together(span, hidden, way) is way
+    caches = paged(span, hidden, 8)
+    together, alone = caches[:4], caches[4:]
+    for cache, other, length in zip(together, alone, LENGTHS, strict=True):
+        prompt = states(1, length, hidden, seed=length)
+        run_paged(span, prompt, cache)
+        run_paged(span, prompt, other)
+    for step in range(STEPS):
+        tokens = [states(1, n, hidden, seed=100 * step + n) for n in COUNTS[step % len(COUNTS)]]
+        found = way.forward(span, [(token, cache, None) for token, cache in zip(tokens, together, strict=True)])
+        torch.set_num_threads(2)
+        each = [way.forward(span, [(token, cache, None)])[0] for token, cache in zip(tokens, alone, strict=True)]
+        torch.set_num_threads(1)
+        assert all(torch.equal(one, other) for one, other in zip(found, each, strict=True))
+
+
+def test_positions_far_beyond_all_others_are_rotated_like_them(tmp_path: Path) -> None:
+    span, hidden = span_of("llama", tmp_path)
+    fuse_projections(span)
+    lay_out_in_panels(span, hidden)
+    compiled, fast, caches = CompiledBlocks.of(span), FastBlocks.of(span), paged(span, hidden, 2)
+    assert compiled is not None and fast is not None
+    for ids in (torch.tensor([[3]]), torch.tensor([[600]]), torch.tensor([[1 << 20]])):
+        token = states(1, 1, hidden, seed=int(ids))
+        (found,) = compiled.forward(span, [(token, caches[0], ids)])
+        (expected,) = fast.forward(span, [(token, caches[1], ids)])
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_positions_that_the_client_gives_are_used(tmp_path: Path) -> None:

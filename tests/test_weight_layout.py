@@ -10,6 +10,7 @@ from tiny_models import save_tiny_model
 
 from swarm.models import Span, load_span, open_checkpoint, weight_layout
 from swarm.models.fast_blocks import fuse_projections
+from swarm.models.native.panels import PanelLinear, can_use_panels
 from swarm.models.packed_linear import LinearWithCopy, PackedLinear, can_pack
 from swarm.models.weight_layout import Layout, Layouts, lay_out_head, lay_out_span
 
@@ -28,8 +29,14 @@ def _run(span: Span) -> torch.Tensor:
 
 def _matrices(span: Span) -> list[torch.Tensor]:
     """Every weight of the span, in the order of its modules."""
-    weights = [weight for layer in span.layers for weight in layer.parameters()]
-    return [weight.to_dense() if weight.is_mkldnn else weight.clone() for weight in weights]
+    modules = [module for layer in span.layers for module in layer.modules()]
+    return [_plain(module, weight) for module in modules for weight in module.parameters(recurse=False)]
+
+
+def _plain(module: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    if isinstance(module, PanelLinear):
+        return module.dense()
+    return weight.to_dense() if weight.is_mkldnn else weight.clone()
 
 
 def _all(layout: Layout) -> Callable[[Sequence[torch.nn.Module]], Layouts]:
@@ -50,9 +57,10 @@ def test_weights_in_any_layout_are_the_same_weights(layout: Layout) -> None:
     span = _load(1)
     weights, output = _matrices(span), _run(span)
     lay_out_span(span, _HIDDEN_SIZE, _all(layout))
-    laid_out = [weight for weight in span.weights() if weight.dim() == 2]
+    laid_out = [weight for weight in span.weights() if weight.dim() > 1]
     assert [weight.is_mkldnn for weight in laid_out] == [layout is Layout.PACKED] * len(laid_out)
-    if layout is not Layout.PACKED:
+    assert [weight.dim() == 3 for weight in laid_out] == [layout is Layout.PANELS] * len(laid_out)
+    if layout in (Layout.AS_LOADED, Layout.TRANSPOSED):
         assert [weight.is_contiguous() for weight in laid_out] == [layout is Layout.AS_LOADED] * len(laid_out)
     assert all(torch.equal(before, now) for before, now in zip(weights, _matrices(span), strict=True))
     torch.testing.assert_close(_run(span), output, rtol=1e-4, atol=1e-4)
@@ -69,17 +77,20 @@ def test_fused_layers_compute_what_their_parts_did(layout: Layout) -> None:
     assert span.weight_bytes == size
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mixtral", "gpt_oss", "bloom", "qwen2", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "gpt_oss", "bloom", "qwen2", "deepseek_v3", "phimoe"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_families_can_be_packed_where_the_machine_can(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout, kind", [(Layout.PACKED, PackedLinear), (Layout.PANELS, PanelLinear)])
+def test_other_families_can_lie_in_blocks_where_the_machine_can(
+    name: str, dtype: torch.dtype, layout: Layout, kind: type[torch.nn.Module], tmp_path: Path
+) -> None:
     save_tiny_model(name, tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     span = load_span(checkpoint, 0, 2, dtype=dtype)
     prompt = torch.randn(2, 7, checkpoint.hidden_size, generator=torch.Generator().manual_seed(1)).to(dtype)
     output = span.forward(prompt, span.new_cache())
-    lay_out_span(span, checkpoint.hidden_size, _all(Layout.PACKED))
-    packed = any(isinstance(module, PackedLinear) for layer in span.layers for module in layer.modules())
-    assert packed is can_pack(dtype)
+    lay_out_span(span, checkpoint.hidden_size, _all(layout))
+    done = any(isinstance(module, kind) for layer in span.layers for module in layer.modules())
+    assert done is (can_pack(dtype) if layout is Layout.PACKED else can_use_panels(dtype))
     tolerance = 1e-4 if dtype is torch.float32 else 5e-2
     error = (span.forward(prompt, span.new_cache()) - output).float().norm() / output.float().norm()
     assert float(error) < tolerance
@@ -89,11 +100,12 @@ def test_every_machine_packs_fp32() -> None:
     assert can_pack(torch.float32)
 
 
-def test_gradients_pass_through_packed_weights() -> None:
+@pytest.mark.parametrize("in_blocks", [PackedLinear, lambda linear: PanelLinear(linear.weight, linear.bias)])
+def test_gradients_pass_through_weights_in_blocks(in_blocks: Callable[[torch.nn.Linear], torch.nn.Module]) -> None:
     linear = torch.nn.Linear(32, 48).requires_grad_(False)
     rows = torch.randn(3, 32, requires_grad=True)
     (expected,) = torch.autograd.grad(linear(rows).square().sum(), rows)
-    (found,) = torch.autograd.grad(PackedLinear(linear)(rows).square().sum(), rows)
+    (found,) = torch.autograd.grad(in_blocks(linear)(rows).square().sum(), rows)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -109,8 +121,9 @@ def test_a_head_and_the_embedding_that_is_tied_to_it_stay_what_they_were() -> No
     torch.testing.assert_close(laid_out(hidden_states), logits, rtol=1e-4, atol=1e-4)
 
 
-def test_a_large_head_is_not_held_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_layout, "fastest_layouts", _all(Layout.PACKED))
+@pytest.mark.parametrize("layout", [Layout.PACKED, Layout.PANELS])
+def test_a_large_head_is_not_held_twice(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_layout, "fastest_layouts", _all(layout))
     head = torch.nn.Linear(64, 640, bias=False).requires_grad_(False)
     packed = lay_out_head(head)
     assert isinstance(packed, LinearWithCopy) and list(packed.state_dict()) == ["weight"]

@@ -58,6 +58,7 @@ class BlockKey:
     """Of the model's configuration, by which weights are merged and reordered when they are loaded."""
     dtype: str
     quantization: str | None
+    """And how such weights lie."""
     transformers: str = transformers.__version__
     """Its version: its modules decide what a block's tensors are."""
     format: int = _FORMAT

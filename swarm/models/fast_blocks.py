@@ -26,6 +26,15 @@ _HEAD_NORMS = {"q_norm", "k_norm"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
+def blocks_of(span: Span) -> list[Block] | None:
+    """The blocks of `span`, if all are built as Llama's, with their projections fused."""
+    if not hasattr(span.base, "rotary_emb") or not all(_is_like_llama(layer) for layer in span.layers):
+        return None
+    if not all(isinstance(part, PartOfFused) for layer in span.layers for part in _fused_parts(layer)):
+        return None
+    return [Block.of(layer, number) for number, layer in enumerate(span.layers)]
+
+
 def fuse_projections(span: Span) -> None:
     """Make, in place, query, key and value one layer, and gate and up one, where blocks are built as Llama's.
 
@@ -46,21 +55,14 @@ class FastBlocks:
     runs_one_faster = True
     most_positions = 16
 
-    def __init__(self, rotary: nn.Module, blocks: dict[int, _Block]) -> None:
+    def __init__(self, rotary: nn.Module, blocks: dict[int, Block]) -> None:
         self._rotary, self._blocks = rotary, blocks
 
     @classmethod
     def of(cls, span: Span) -> FastBlocks | None:
         """For all blocks of `span` and every part of it; None: they are built of other parts, or not fused."""
-        rotary = getattr(span.base, "rotary_emb", None)
-        if rotary is None or not all(_is_like_llama(layer) for layer in span.layers):
-            return None
-        if not all(isinstance(part, PartOfFused) for layer in span.layers for part in _fused_parts(layer)):
-            return None
-        blocks = {
-            number: _Block.of(layer, number - span.start) for number, layer in enumerate(span.layers, start=span.start)
-        }
-        return cls(rotary, blocks)
+        blocks = blocks_of(span)
+        return cls(span.base.rotary_emb, dict(enumerate(blocks, start=span.start))) if blocks is not None else None
 
     @torch.inference_mode()
     def forward(self, span: Span, steps: Steps) -> list[torch.Tensor]:
@@ -159,12 +161,16 @@ def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask:
 
 
 @dataclass(frozen=True)
-class _Norm:
+class Norm:
+    """Root mean square."""
+
     weight: torch.Tensor
     eps: torch.Tensor
+    """float32 ``[1, 1]``"""
 
     @classmethod
-    def of(cls, module: nn.Module) -> _Norm:
+    def of(cls, module: nn.Module) -> Norm:
+        """Of a family's own."""
         weight = module.weight
         return cls(weight, torch.full((1, 1), module.variance_epsilon, dtype=torch.float32, device=weight.device))
 
@@ -177,43 +183,46 @@ class _Norm:
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
+    """The parts of a layer that is built as Llama's."""
+
     number: int
     """Of the layer in its pool."""
-    before_attention: _Norm
+    before_attention: Norm
     projections: FusedLinear
     """Query, key, value."""
-    of_query: _Norm | None
-    of_key: _Norm | None
+    of_query: Norm | None
+    of_key: Norm | None
     heads: int
     key_heads: int
     size: int
     turns: bool
     scaling: float
     out: nn.Module
-    before_mlp: _Norm
+    before_mlp: Norm
     gate_up: FusedLinear
     activation: Callable[[torch.Tensor], torch.Tensor]
     down: nn.Module
 
     @classmethod
-    def of(cls, layer: nn.Module, number: int) -> _Block:
+    def of(cls, layer: nn.Module, number: int) -> Block:
+        """Of a layer of transformers'."""
         attention, mlp = layer.self_attn, layer.mlp
         size = attention.head_dim
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         return cls(
             number=number,
-            before_attention=_Norm.of(layer.input_layernorm),
+            before_attention=Norm.of(layer.input_layernorm),
             projections=attention.q_proj.fused,
-            of_query=_Norm.of(q_norm) if q_norm is not None else None,
-            of_key=_Norm.of(k_norm) if k_norm is not None else None,
+            of_query=Norm.of(q_norm) if q_norm is not None else None,
+            of_key=Norm.of(k_norm) if k_norm is not None else None,
             heads=attention.config.num_attention_heads,
             key_heads=attention.config.num_key_value_heads,
             size=size,
             turns=bool(getattr(attention, "use_rope", True)),
             scaling=attention.scaling,
             out=attention.o_proj,
-            before_mlp=_Norm.of(layer.post_attention_layernorm),
+            before_mlp=Norm.of(layer.post_attention_layernorm),
             gate_up=mlp.gate_proj.fused,
             activation=mlp.act_fn,
             down=mlp.down_proj,

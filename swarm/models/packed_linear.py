@@ -37,7 +37,7 @@ class PackedLinear(nn.Module):
             return functional.linear(hidden_states, self.weight.to_dense(), self.bias)
         return multiply(hidden_states, self.weight, self.bias)
 
-    def unpacked(self) -> nn.Linear:
+    def plain(self) -> nn.Linear:
         """The ordinary layer that this one stands for."""
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, bias=False)

@@ -18,7 +18,7 @@ from swarm.models.checkpoint import Checkpoint
 from swarm.models.experts.splitting import RoutedTables, cut_experts, route_experts, select
 from swarm.models.loading import load_part, make_skeleton
 from swarm.models.offload import WINDOW_BLOCKS, BlockStream, blocks_on_disk, spread
-from swarm.models.quantization import QUANTIZED_LINEARS, quantize_linears
+from swarm.models.quantization import QUANTIZED_LINEARS, form_in_files, quantize_linears
 from swarm.models.surgery import NumberedLayers, find_base, keep_only_layers
 
 
@@ -302,7 +302,9 @@ def _files_of(
     on_elements: Callable[[int], object],
 ) -> dict[int, BlockFile]:
     keys = {
-        block: BlockKey(checkpoint.block_digest(block), checkpoint.config_digest, str(dtype), quantization)
+        block: BlockKey(
+            checkpoint.block_digest(block), checkpoint.config_digest, str(dtype), form_in_files(quantization)
+        )
         for block in blocks
     }
     files = blocks_on_disk(

@@ -24,6 +24,7 @@ from transformers import AttentionInterface, PretrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from swarm.models.compiled_blocks import CompiledBlocks
 from swarm.models.fast_blocks import FastBlocks, fuse_projections
 from swarm.models.paged_cache import PagedCache, PagePool
 from swarm.models.pages import PAGE
@@ -127,21 +128,24 @@ def prepare_span(span: Span, hidden_size: int) -> Together | None:
     """Make a span that was just loaded as fast as it can be; returns how sessions can run together on it."""
     fuse_projections(span)
     lay_out_span(span, hidden_size)
-    return way_together(span, hidden_size, FastBlocks.of(span))
+    return way_together(span, hidden_size, CompiledBlocks.of(span), FastBlocks.of(span))
 
 
-def way_together(span: Span, hidden_size: int, fast: FastBlocks | None = None) -> Together | None:
+def way_together(span: Span, hidden_size: int, *fast: Together | None) -> Together | None:
     """How sessions can run together on `span`; None: only one by one. Tried with two made-up sessions.
 
     Args:
-        fast: take this way, if it gives what the model's own layers give.
+        fast: take the first of these ways that gives what the model's own layers give.
     """
     if any(_rotates_by_length(config) for config in span.configs):
         return None
-    if fast is not None:
-        if _works(fast, span, hidden_size):
-            return fast
-        logger.warning("the fast way to run these blocks gives other results than transformers: not used")
+    for way in fast:
+        if way is not None:
+            if _works(way, span, hidden_size):
+                return way
+            logger.warning(
+                "%s, a fast way to run these blocks, give other results than transformers: not used", type(way).__name__
+            )
     ways = (ThroughLayers(padded=False), ThroughLayers(padded=True))
     return next((way for way in ways if _works(way, span, hidden_size)), None)
 

@@ -2,8 +2,9 @@
 
 Three things matter: in which order the elements of a matrix lie, in which blocks, and huge pages. A matrix can stay as
 it was loaded, or be transposed (BLAS libraries multiply some shapes by a vector faster that way), or be packed into the
-blocks in which oneDNN multiplies (:mod:`swarm.models.packed_linear`). Each shape is timed here in all ways, with one
-row and with several. The values stay what they were.
+blocks in which oneDNN multiplies (:mod:`swarm.models.packed_linear`), or lie in the panels of what is compiled for this
+machine (:mod:`swarm.models.native.panels`). Each shape is timed here in all ways, with one row and with several. The
+values stay what they were.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from swarm.models.choices import Situation, choice
+from swarm.models.native.panels import PanelLinear, can_use_panels
 from swarm.models.packed_linear import LinearWithCopy, PackedLinear, can_pack, multiply, pack
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ _WORTHWHILE = 0.9
 """Change a shape when that takes at most this share of the time."""
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 _HALF_TOLERANCE = 5e-2
+_WORTH_OF_PANELS = 0.7
+"""Their time counts so much of what it is: with all weights in panels a decode step is one call, which saves more."""
 _MAX_SECOND_COPY_BYTES = 512 * 1024**2
 
 
@@ -49,6 +53,7 @@ class Layout(Enum):
     AS_LOADED = "as loaded"
     TRANSPOSED = "transposed"
     PACKED = "packed"
+    PANELS = "in panels"
 
 
 Layouts = dict[torch.Size, Layout]
@@ -70,10 +75,9 @@ def lay_out_span(span: Span, hidden_size: int, choose: Callable[[Sequence[nn.Mod
         places = [place for layer in span.staying_layers() for place in _places(layer)]
         layouts = (choose or fastest_layouts)([getattr(parent, name) for parent, name in places])
         before = _run(span, probe)
-        packable = can_pack(span.dtype)
         for parent, name in places:
-            if packable and layouts.get(_matrix(getattr(parent, name)).shape) is Layout.PACKED:
-                setattr(parent, name, PackedLinear(getattr(parent, name)))
+            layout = layouts.get(_matrix(getattr(parent, name)).shape, Layout.AS_LOADED)
+            setattr(parent, name, _in_blocks(getattr(parent, name), layout))
         transposed = {shape for shape, layout in layouts.items() if layout is Layout.TRANSPOSED}
         _lay_in_huge_pages([weight for weight in span.weights() if weight.layout is torch.strided], transposed)
         if not _is_close(_run(span, probe), before):
@@ -92,10 +96,10 @@ def lay_out_head(head: nn.Module | None) -> nn.Module | None:
     with torch.inference_mode():
         before = head(probe)
     layout = fastest_layouts([head]).get(head.weight.shape, Layout.AS_LOADED)
-    if layout is Layout.PACKED and _room(head.weight) <= _MAX_SECOND_COPY_BYTES:
-        packed = LinearWithCopy(head, PackedLinear(head))
+    if _room(head.weight) <= _MAX_SECOND_COPY_BYTES and (copy := _in_blocks(head, layout)) is not head:
+        in_blocks = LinearWithCopy(head, copy)
         with torch.inference_mode():
-            return packed if _is_close(packed(probe), before) else head
+            return in_blocks if _is_close(in_blocks(probe), before) else head
     _lay_in_huge_pages([head.weight], {head.weight.shape} if layout is Layout.TRANSPOSED else ())
     with torch.inference_mode():
         if not _is_close(head(probe), before):
@@ -156,6 +160,9 @@ def _fastest(weights: Sequence[torch.Tensor], others: Collection[Layout] = tuple
             share = _share(plain, [weight.t().contiguous().t() for weight in plain], functional.linear)
         elif layout is Layout.PACKED and can_pack(one.dtype):
             share = _share(plain, [pack(weight.contiguous()) for weight in plain], multiply)
+        elif layout is Layout.PANELS and can_use_panels(one.dtype):
+            in_panels = [PanelLinear(weight, None) for weight in plain]
+            share = _WORTH_OF_PANELS * _share(plain, in_panels, lambda rows, linear: linear(rows))
         else:
             continue
         if share < best_share:
@@ -163,10 +170,10 @@ def _fastest(weights: Sequence[torch.Tensor], others: Collection[Layout] = tuple
     return best
 
 
-_Multiply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+_Multiply = Callable[[torch.Tensor, Any], torch.Tensor]
 
 
-def _share(plain: Sequence[torch.Tensor], other: Sequence[torch.Tensor], multiply_other: _Multiply) -> float:
+def _share(plain: Sequence[torch.Tensor], other: Sequence[object], multiply_other: _Multiply) -> float:
     """How long multiplications take with `other`, over how long they take with `plain`.
 
     Of each the best of several, in turns: whatever else this machine does falls on both.
@@ -189,7 +196,7 @@ def _stays_the_same_transposed(weight: torch.Tensor) -> bool:
 
 
 def _time(
-    weights: Sequence[torch.Tensor],
+    weights: Sequence[object],
     rows: torch.Tensor,
     operation: _Multiply = functional.linear,
 ) -> float:
@@ -200,12 +207,12 @@ def _time(
 
 
 def _places(layer: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Where the linear layers of `layer` are: (parent, name)."""
+    """Where the linear layers of `layer` are: (parent, name). Those that do more than multiply (routers) are none."""
     return [
         (parent, name)
         for parent in layer.modules()
         for name, child in parent.named_children()
-        if isinstance(child, nn.Linear | Conv1D)
+        if type(child).forward in (nn.Linear.forward, Conv1D.forward)
     ]
 
 
@@ -232,11 +239,21 @@ def _is_close(after: torch.Tensor, before: torch.Tensor) -> bool:
     return close
 
 
+def _in_blocks(linear: nn.Module, layout: Layout) -> nn.Module:
+    """A layer that does what `linear` does, with weights packed or in panels; itself, where that cannot be."""
+    dtype = linear.weight.dtype
+    if layout is Layout.PACKED and can_pack(dtype):
+        return PackedLinear(linear)
+    if layout is Layout.PANELS and can_use_panels(dtype):
+        return PanelLinear(_matrix(linear), linear.bias)
+    return linear
+
+
 def _put_back(places: Sequence[tuple[nn.Module, str]]) -> None:
     for parent, name in places:
         linear = getattr(parent, name)
-        if isinstance(linear, PackedLinear):
-            setattr(parent, name, linear.unpacked())
+        if isinstance(linear, PackedLinear | PanelLinear):
+            setattr(parent, name, linear.plain())
         else:
             linear.weight.data = linear.weight.data.contiguous()
 

@@ -64,6 +64,11 @@ def quantize_linears(module: nn.Module, scheme: str, *, for_file: bool = False) 
             quantize_linears(child, scheme, for_file=for_file)
 
 
+def form_in_files(scheme: str | None) -> str | None:
+    """Names, for a scheme, how weights lie in the files of this machine: what has another name is another file."""
+    return f"{scheme}-panels" if scheme is not None and int8.panels_in_files() else scheme
+
+
 def rounding(module: nn.Module) -> float:
     """By what share of its size the output of some ten blocks may change when what enters layers in `module` changes in
     the last bits of float32: layers round it, and now and then to another level. 0: no layer is quantized."""

@@ -2,7 +2,8 @@
 
 That is how GGUF's 4-bit types hold weights, too, so a checkpoint that is in 4 bits already loses next to nothing more.
 
-They compute in bfloat16, for which alone torch has a fast kernel on CPUs. Its inputs and outputs are rounded to 8 bits
+What is compiled for the machine (:mod:`swarm.models.native`) multiplies them with rows in 16 bits. Where nothing is,
+they compute in bfloat16, for which alone torch has a fast kernel on CPUs. Its inputs and outputs are rounded to 8 bits
 of mantissa: a difference in the last bit of a float32 hidden state may become one of 0.4% of that number.
 """
 
@@ -16,6 +17,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from swarm.models.native import panels
+from swarm.models.native.library import PANEL
+from swarm.models.native.panels import Panels
 from swarm.models.quantization.groups import multiply_by_chunks, whole_groups, whole_rows
 from swarm.models.quantization.kernels import Kernel, Trial, fastest, sampled_outputs
 
@@ -94,6 +98,11 @@ class Int4Linear(nn.Module):
         scales = torch.cat([of.scale_and_zero[:, : one.outputs] for of, one in zip(each, linears, strict=True)], dim=1)
         return cls(Int4Levels(levels, scales).padded(), len(levels), bias)
 
+    def panels(self) -> Panels | None:
+        """As it can be handed to compiled code, if the weights lie so."""
+        of_panels = isinstance(self._kernel, _InPanels)
+        return panels.of_nibbles(self.weight.data, self.scale_and_zero, self.outputs, self.bias) if of_panels else None
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """``[…, inputs]`` to ``[…, outputs]``, in the precision given."""
         product = self._kernel.multiply(whole_rows(hidden_states, GROUP), self.weight, self.scale_and_zero)
@@ -104,8 +113,8 @@ class Int4Linear(nn.Module):
 
 
 def kernel_for(shape: Sequence[int], device: torch.device) -> Kernel[Int4Levels]:
-    """The fastest for a padded weight ``[outputs, inputs]``. It returns bfloat16."""
-    return fastest("int4", shape, device, KERNELS, lambda: trial(shape, device))
+    """The fastest for a padded weight ``[outputs, inputs]``. It returns bfloat16 or float32."""
+    return fastest("int4", shape, device, KERNELS, lambda: trial(shape, device), _InPanels.name)
 
 
 def trial(shape: Sequence[int], device: torch.device) -> Trial[Int4Levels]:
@@ -115,6 +124,24 @@ def trial(shape: Sequence[int], device: torch.device) -> Trial[Int4Levels]:
     few, some, many = (torch.randn(rows, shape[1], generator=random).to(device) for rows in (1, 16, 512))
     weight = levels.dequantized().double().t()
     return Trial(levels, [few, some], many, lambda rows: rows.double() @ weight, _TOLERANCE)
+
+
+class _InPanels:
+    """What is compiled on this machine."""
+
+    name = "panels"
+
+    def arrange(self, levels: Int4Levels) -> tuple[torch.Tensor, torch.Tensor]:
+        panels.needed()
+        return panels.nibbles_in_panels(levels.levels), panels.scales_in_panels(levels.scale_and_zero)
+
+    def restore(self, *arranged: torch.Tensor) -> Int4Levels:
+        weight, scales = arranged
+        return Int4Levels(panels.nibbles_of_panels(weight), panels.scales_of_panels(scales))
+
+    def multiply(self, rows: torch.Tensor, *arranged: torch.Tensor) -> torch.Tensor:
+        weight, scales = arranged
+        return panels.of_nibbles(weight, scales, len(weight) * PANEL).multiply(rows)
 
 
 @dataclass(frozen=True)
@@ -165,6 +192,7 @@ class _Blocks:
 
 
 KERNELS: Sequence[Kernel[Int4Levels]] = (
+    _InPanels(),
     *(_Blocks(block, many) for block in (64, 32) for many in (1 << 30, 256)),
     _Blocks(64, 0),
 )

@@ -3,8 +3,8 @@
 Rows that come in are quantized, too, each with a scale of its own, but to 16 bits, which are multiplied as two bytes.
 One byte is too little where a few numbers of a row are far greater than the others: the perplexity of SmolLM2 becomes
 2.8% worse, not 0.1% (LLM.int8(), arXiv:2208.07339, treats such numbers apart; that depends on the batch). Sums of
-integers are the same in whatever batch a row comes, and by whichever kernel, except by the one that multiplies in
-floating point, for machines where no other works.
+integers are the same in whatever batch a row comes; kernels that put them together in another order differ in the last
+bits of float32. For machines where no other kernel works there is one that multiplies in floating point.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import nn
 
+from swarm.models.native import panels
+from swarm.models.native.library import PANEL, library
+from swarm.models.native.panels import Panels
 from swarm.models.packed_linear import multiply_rounded
-from swarm.models.quantization.compiled import MOST_INPUTS, multiply_split, split_into_bytes
 from swarm.models.quantization.groups import multiply_by_chunks
 from swarm.models.quantization.kernels import Kernel, Trial, fastest, sampled_outputs
 
@@ -42,18 +44,14 @@ class Int8Linear(nn.Module):
     scale: torch.Tensor
 
     def __init__(
-        self,
-        levels: Int8Levels,
-        bias: torch.Tensor | None,
-        kernel: Kernel[Int8Levels] | None = None,
+        self, kernel: Kernel[Int8Levels], weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
     ) -> None:
         """
         Args:
-            kernel: default: the fastest.
+            weight, scale: as `kernel` arranges them.
         """
         super().__init__()
-        self._kernel = kernel or kernel_for(levels.levels.shape, levels.levels.device)
-        weight, scale = self._kernel.arrange(levels)
+        self._kernel = kernel
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer("scale", scale)
         self.bias = bias
@@ -61,30 +59,38 @@ class Int8Linear(nn.Module):
     @classmethod
     def quantize(cls, weight: torch.Tensor, bias: torch.Tensor | None) -> Self:
         """Of a floating-point `weight`, ``[outputs, inputs]``."""
-        return cls(Int8Levels.of(weight), bias)
+        return cls._of(Int8Levels.of(weight), bias)
 
     @classmethod
     def for_file(cls, weight: torch.Tensor, bias: torch.Tensor | None) -> Self:
         """Likewise, with weights that can be kept in a file; without numbers if there are none (meta device)."""
+        outputs, inputs = weight.shape
+        kernel: _InPanels | _ByRows = _InPanels() if inputs % 2 == 0 and panels_in_files() else _ByRows()
         if weight.is_meta:
-            outputs, inputs = weight.shape
-            levels = Int8Levels(
-                torch.empty(outputs, inputs, dtype=torch.int8, device="meta"), torch.empty(outputs, device="meta")
-            )
-            return cls(levels, bias, _ByRows())
-        return cls(Int8Levels.of(weight), bias, _ByRows())
+            arranged = torch.empty(kernel.shape(outputs, inputs), dtype=torch.int8, device="meta")
+            return cls(kernel, arranged, torch.empty(outputs, device="meta"), bias)
+        return cls(kernel, *kernel.arrange(Int8Levels.of(weight)), bias)
 
     @classmethod
     def fuse(cls, linears: Sequence[Int8Linear], bias: torch.Tensor | None) -> Self:
         """One layer with the outputs of all `linears`, exactly as they are."""
         each = [one._kernel.restore(one.weight, one.scale) for one in linears]
-        levels = Int8Levels(torch.cat([of.levels for of in each]), torch.cat([of.scale for of in each]))
-        return cls(levels, bias)
+        return cls._of(Int8Levels(torch.cat([of.levels for of in each]), torch.cat([of.scale for of in each])), bias)
+
+    @classmethod
+    def _of(cls, levels: Int8Levels, bias: torch.Tensor | None) -> Self:
+        kernel = kernel_for(levels.levels.shape, levels.levels.device)
+        return cls(kernel, *kernel.arrange(levels), bias)
 
     @property
     def outputs(self) -> int:
         """How many there are."""
         return len(self.scale)
+
+    def panels(self) -> Panels | None:
+        """As it can be handed to compiled code, if the weights lie so."""
+        of_panels = isinstance(self._kernel, _InPanels)
+        return panels.of_bytes(self.weight.data, self.scale, self.bias) if of_panels else None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """``[…, inputs]`` to ``[…, outputs]``, in the precision given."""
@@ -124,14 +130,9 @@ class RowBytes:
     def of(cls, rows: torch.Tensor) -> Self:
         """The nearest to float32 ``[rows, inputs]``."""
         largest = rows.abs().amax(dim=1, keepdim=True).clamp_(min=_SMALLEST)
-        levels = (rows * (_LEVELS / largest)).add_(_MIDDLE + 0.5).to(torch.int32)
+        levels = (rows * (_LEVELS / largest)).round_().add_(_MIDDLE).to(torch.int32)
         two = levels.view(torch.uint8).view(*rows.shape, 4)[..., _BYTES].movedim(-1, 0)
         return cls(two.reshape(-1, rows.shape[1]), largest.div_(_LEVELS))
-
-    @classmethod
-    def compiled(cls, rows: torch.Tensor) -> Self:
-        """The same, in one operation, on a CPU."""
-        return cls(*split_into_bytes(rows, _MIDDLE, _LEVELS, _SMALLEST))
 
 
 class _BytesOfLast:
@@ -140,12 +141,12 @@ class _BytesOfLast:
     def __init__(self) -> None:
         self._last: tuple[weakref.ref[torch.Tensor], RowBytes] | None = None
 
-    def __call__(self, hidden_states: torch.Tensor, make: Callable[[torch.Tensor], RowBytes]) -> RowBytes:
+    def __call__(self, hidden_states: torch.Tensor) -> RowBytes:
         """Of ``[…, inputs]``, row by row. Several threads may ask at a time."""
         last = self._last
         if last is not None and last[0]() is hidden_states:
             return last[1]
-        made = make(_rows_of(hidden_states))
+        made = RowBytes.of(hidden_states.reshape(-1, hidden_states.shape[-1]).float())
         self._last = weakref.ref(hidden_states), made
         return made
 
@@ -153,10 +154,15 @@ class _BytesOfLast:
 _bytes_of_last = _BytesOfLast()
 
 
+def panels_in_files() -> bool:
+    """Whether weights are kept in files in panels here: such files are others'."""
+    return library() is not None
+
+
 def kernel_for(shape: Sequence[int], device: torch.device) -> Kernel[Int8Levels]:
     """The fastest for a weight ``[outputs, inputs]``. It multiplies ``[…, inputs]`` and returns float32."""
     kernels = KERNELS if device.type == "cpu" else CUDA_KERNELS
-    return fastest("int8", shape, device, kernels, lambda: trial(shape, device))
+    return fastest("int8", shape, device, kernels, lambda: trial(shape, device), _InPanels.name)
 
 
 def trial(shape: Sequence[int], device: torch.device) -> Trial[Int8Levels]:
@@ -180,14 +186,35 @@ def trial(shape: Sequence[int], device: torch.device) -> Trial[Int8Levels]:
     return Trial(weight, [random(1), random(16)], random(64), product, _TOLERANCE)
 
 
+class _InPanels:
+    """What is compiled on this machine (:mod:`swarm.models.native`)."""
+
+    name = "panels"
+
+    def arrange(self, levels: Int8Levels) -> tuple[torch.Tensor, torch.Tensor]:
+        panels.needed()
+        if levels.levels.shape[1] % 2:
+            raise ValueError("panels hold pairs of inputs")
+        return panels.bytes_in_panels(levels.levels), levels.scale.contiguous()
+
+    def shape(self, outputs: int, inputs: int) -> tuple[int, ...]:
+        """That of an arranged weight."""
+        return -(-outputs // PANEL), inputs // 2, PANEL, 2
+
+    def restore(self, *arranged: torch.Tensor) -> Int8Levels:
+        weight, scale = arranged
+        return Int8Levels(panels.bytes_of_panels(weight, len(scale)), scale)
+
+    def multiply(self, rows: torch.Tensor, *arranged: torch.Tensor) -> torch.Tensor:
+        return panels.of_bytes(*arranged).multiply(rows.reshape(-1, rows.shape[-1]))
+
+
 class _OnBytes:
     """Multiplies the two bytes of every number on its own."""
 
-    _make = staticmethod(RowBytes.of)
-
     def multiply(self, rows: torch.Tensor, *arranged: torch.Tensor) -> torch.Tensor:
         """``[…, inputs]`` to float32 ``[rows, outputs]``."""
-        split = _bytes_of_last(rows, self._make)
+        split = _bytes_of_last(rows)
         low, high = self.multiply_bytes(split.bytes_, *arranged).chunk(2)
         return torch.add(low, high, alpha=256).mul_(split.scale)
 
@@ -226,6 +253,10 @@ class _ByRows(_OnBytes):
 
     def arrange(self, levels: Int8Levels) -> tuple[torch.Tensor, torch.Tensor]:
         return levels.levels.contiguous(), levels.scale
+
+    def shape(self, outputs: int, inputs: int) -> tuple[int, ...]:
+        """That of an arranged weight."""
+        return outputs, inputs
 
     def restore(self, *arranged: torch.Tensor) -> Int8Levels:
         weight, scale = arranged
@@ -273,32 +304,8 @@ class _InFloats(_ByRows):
         return product.mul_(scale)
 
 
-class _Compiled(_ByRows):
-    """Compiled for this processor by numba, for up to so many rows; more are multiplied by torch."""
-
-    _make = staticmethod(RowBytes.compiled)
-
-    def __init__(self, most_rows: int) -> None:
-        self._most_rows = most_rows
-        self.name = f"compiled, up to {most_rows} rows"
-
-    def multiply(self, rows: torch.Tensor, *arranged: torch.Tensor) -> torch.Tensor:
-        weight, scale = arranged
-        if weight.shape[1] > MOST_INPUTS:
-            raise RuntimeError(f"sums of {weight.shape[1]} products do not fit into 32 bits")
-        if rows.shape[:-1].numel() > self._most_rows:
-            return super().multiply(rows, *arranged)
-        return multiply_split(_rows_of(rows), _MIDDLE, _LEVELS, _SMALLEST, weight, scale)
-
-
-KERNELS: Sequence[Kernel[Int8Levels]] = (
-    _Packed(), _ByColumns(), _ByRows(), _Compiled(2), _Compiled(1 << 30), _InFloats()
-)  # fmt: skip
+KERNELS: Sequence[Kernel[Int8Levels]] = (_InPanels(), _Packed(), _ByColumns(), _ByRows(), _InFloats())
 CUDA_KERNELS: Sequence[Kernel[Int8Levels]] = (_Bitsandbytes(), _InFloats())
-
-
-def _rows_of(hidden_states: torch.Tensor) -> torch.Tensor:
-    return hidden_states.reshape(-1, hidden_states.shape[-1]).float()
 
 
 def _signed(rows: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,8 @@ Levels = TypeVar("Levels")
 _ROUNDS = 3
 _WORTHWHILE = 0.95
 """A kernel is preferred to an earlier one of the list when it takes at most this share of its time."""
+_FORGIVEN = 2
+"""A favourite may take so many times as long."""
 _SAMPLE_BYTES = 48 * 1024**2
 """Decode steps are timed over this much, which few caches hold."""
 _MOST_COPIES = 128
@@ -73,33 +75,40 @@ def fastest(
     device: torch.device,
     kernels: Sequence[Kernel[Levels]],
     trial: Callable[[], Trial[Levels]],
+    favourite: str | None = None,
 ) -> Kernel[Levels]:
     """The kernel that is fastest for a weight ``[outputs, inputs]``, as remembered, else as measured now (0.3 s).
 
     Args:
         kernels: the candidates; of equals the first is taken.
         trial: makes what they are tried on.
+        favourite: the one of them that has other merits, and is taken unless it takes twice as long.
 
     Raises:
         RuntimeError: none of them works.
     """
     situation = Situation.here(scheme, shape, device, [kernel.name for kernel in kernels])
-    name = choice(situation, lambda: _measure(situation, kernels, trial()))
+    name = choice(situation, lambda: _measure(situation, kernels, trial(), favourite))
     return next(kernel for kernel in kernels if kernel.name == name)
 
 
-def decide(times: Mapping[str, Sequence[float]]) -> str:
+def decide(times: Mapping[str, Sequence[float]], favourite: str | None = None) -> str:
     """The name of the kernel with the least geometric mean; of those that are about equal, the first.
 
     Args:
         times: for every kernel, the seconds that the same calls took.
+        favourite: as for :func:`fastest`.
     """
+
+    def ratio(name: str, best: str) -> float:
+        ratios = [time_s / best_s for time_s, best_s in zip(times[name], times[best], strict=True)]
+        return math.prod(ratios) ** (1 / len(ratios))
+
     best, *others = times
     for name in others:
-        ratios = [time_s / best_s for time_s, best_s in zip(times[name], times[best], strict=True)]
-        if math.prod(ratios) ** (1 / len(ratios)) <= _WORTHWHILE:
+        if ratio(name, best) <= _WORTHWHILE:
             best = name
-    return best
+    return favourite if favourite in times and ratio(favourite, best) <= _FORGIVEN else best
 
 
 def sampled_outputs(outputs: int, inputs: int) -> int:
@@ -130,7 +139,9 @@ def _true_products(trial: Trial[Levels]) -> list[torch.Tensor]:
     return [trial.product(rows) for rows in (*trial.few, trial.many)]
 
 
-def _measure(situation: Situation, kernels: Sequence[Kernel[Levels]], trial: Trial[Levels]) -> str:
+def _measure(
+    situation: Situation, kernels: Sequence[Kernel[Levels]], trial: Trial[Levels], favourite: str | None
+) -> str:
     products, hopeful = _true_products(trial), _hopeful(kernels, trial)
     working = [kernel for kernel in hopeful if _computes(kernel, trial, products)]
     if not working:
@@ -145,7 +156,7 @@ def _measure(situation: Situation, kernels: Sequence[Kernel[Levels]], trial: Tri
         for name, ways in calls.items():
             times[name].append([_time(call, trial.many.device) for call in ways])
     medians = {name: [statistics.median(of) for of in zip(*rounds[1:], strict=True)] for name, rounds in times.items()}
-    name = decide(medians)
+    name = decide(medians, favourite)
     logger.info("%s of %s, in ms: %s", name, situation, {one: [1e3 * s for s in of] for one, of in medians.items()})
     return name
 

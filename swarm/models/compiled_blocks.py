@@ -1,0 +1,186 @@
+"""Short steps of blocks built as Llama's as one call of compiled code: norms, rotary embeddings, attention, and all.
+
+Where all weights of a span lie in panels (:mod:`swarm.models.native`), in float32 or quantized. What becomes of a
+position does not depend, to the last bit, on what else runs with it. Whether the result is that of the family's own
+code is tried when a server loads (:func:`swarm.models.together.way_together`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from swarm.models.fast_blocks import Block, Norm, blocks_of
+from swarm.models.native import library as native
+from swarm.models.native.panels import Panels, needed
+from swarm.models.paged_cache import PagedCache, PagePool
+from swarm.models.span import Span
+from swarm.models.steps import Steps, begin_together
+
+_ROTATIONS_AT_A_TIME = 512
+_MOST_ROTATIONS = 1 << 17
+"""Positions beyond are rare; their rotations are computed when they come."""
+
+
+class CompiledBlocks:
+    """A way to run sessions together (:class:`swarm.models.together.Together`), and one alone."""
+
+    runs_one_faster = True
+    most_positions = 16
+
+    def __init__(self, rotary: nn.Module, blocks: Sequence[_Compiled]) -> None:
+        self._rotations, self._blocks, self._hidden = _Rotations(rotary), blocks, blocks[0].hidden
+
+    @classmethod
+    def of(cls, span: Span) -> CompiledBlocks | None:
+        """For all blocks of `span` and every part of it; None: that cannot be."""
+        if span.dtype is not torch.float32 or span.device.type != "cpu" or span.offloaded:
+            return None
+        compiled = [_Compiled.of(block) for block in blocks_of(span) or ()]
+        whole = [block for block in compiled if block is not None]
+        return cls(span.base.rotary_emb, whole) if whole and len(whole) == len(compiled) else None
+
+    @torch.inference_mode()
+    def forward(self, span: Span, steps: Steps) -> list[torch.Tensor]:
+        """See :class:`swarm.models.together.Together`."""
+        position_ids = begin_together(steps).flatten()
+        hidden = steps[0][0].shape[2]
+        states = torch.cat([states.reshape(-1, hidden) for states, _, _ in steps]).float()
+        caches = [cache for _, cache, _ in steps]
+        slots = torch.cat([cache.slots for cache in caches])
+        if states.shape != (len(slots), self._hidden):  # compiled code takes it at its word
+            raise ValueError(f"states {tuple(states.shape)} do not fit {len(slots)} positions of {self._hidden}")
+        views = _Views(caches)
+        first = span.start - caches[0].pool.first_layer
+        cos, sin, positions = self._rotations.of(states, position_ids)
+        blocks = (native.Block * (span.end - span.start))(
+            *(self._blocks[first + index].structure(caches[0].pool, views) for index in range(span.end - span.start))
+        )
+        step = native.Step(
+            len(states), hidden, states.data_ptr(), cos.data_ptr(), sin.data_ptr(), positions.data_ptr(),
+            slots.data_ptr(), views.structures(),
+        )  # fmt: skip
+        needed().blocks(blocks, step, torch.get_num_threads())
+        outputs = states.split([states.shape[:2].numel() for states, _, _ in steps])
+        return [output.view_as(states) for output, (states, _, _) in zip(outputs, steps, strict=True)]
+
+
+class _Compiled:
+    """A block, as compiled code takes it."""
+
+    def __init__(self, block: Block, linears: Sequence[Panels]) -> None:
+        self._number, self.hidden = block.number, linears[0].inputs
+        self._held = block, linears  # the structures have only their addresses
+        self._structure = native.Block(
+            *(linear.structure() for linear in linears),
+            *map(_norm, (block.before_attention, block.before_mlp, block.of_query, block.of_key)),
+            block.heads, block.key_heads, block.size, block.turns, block.scaling,
+        )  # fmt: skip
+        self._pool: PagePool | None = None
+
+    @classmethod
+    def of(cls, block: Block) -> _Compiled | None:
+        """None: something of it is none of what compiled code computes."""
+        linears = [
+            found for linear in (block.projections.linear, block.out, block.gate_up.linear, block.down)
+            if (found := _panels(linear)) is not None
+        ]  # fmt: skip
+        if len(linears) < 4 or type(block.activation).__name__ not in ("SiLU", "SiLUActivation"):
+            return None
+        hidden, attended = block.before_attention.weight.numel(), block.heads * block.size
+        inner = linears[2].outputs // 2
+        expected = [
+            (hidden, attended + 2 * block.key_heads * block.size),
+            (attended, hidden),
+            (hidden, 2 * inner),
+            (inner, hidden),
+        ]
+        fits = [(linear.inputs, linear.outputs) for linear in linears] == expected
+        return cls(block, linears) if fits else None
+
+    def structure(self, pool: PagePool, views: _Views) -> native.Block:
+        """Of this block, with keys and values in `pool`, for a step that looks at `views`."""
+        if self._pool is not pool:
+            keys, values = pool.keys[self._number], pool.values[self._number]
+            self._structure.keys, self._structure.values = keys.data_ptr(), values.data_ptr()
+            self._structure.slots, self._pool = keys.shape[1], pool
+        self._structure.view = views.index(pool.shapes[self._number].window)
+        return self._structure
+
+
+class _Views:
+    """What each position of a step looks at, for every window that a layer has."""
+
+    def __init__(self, caches: Sequence[PagedCache]) -> None:
+        self._caches = caches
+        self._windows: dict[int | None, int] = {}
+        self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def index(self, window: int | None) -> int:
+        """The number of the view within `window`."""
+        if window not in self._windows:
+            self._windows[window] = len(self._tensors)
+            self._tensors.append(self._within(window))
+        return self._windows[window]
+
+    def structures(self) -> Any:
+        """All that were asked for; this object must live as long."""
+        each = [native.View(stretches.data_ptr(), begins.data_ptr()) for stretches, begins in self._tensors]
+        return (native.View * len(each))(*each)
+
+    def _within(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(int64 ``[stretches, 2]``, where those of each position begin)"""
+        stretches: list[tuple[int, int]] = []
+        begins = [0]
+        for cache in self._caches:
+            for row in range(cache.rows):
+                for position in range(cache.begun, cache.length):
+                    first = 0 if window is None else max(0, position + 1 - window)
+                    stretches += _first(cache.runs(row, cache.length - first), position + 1 - first)
+                    begins.append(len(stretches))
+        return torch.tensor(stretches, dtype=torch.int64), torch.tensor(begins, dtype=torch.int64)
+
+
+class _Rotations:
+    """Rotary embeddings of positions, which are computed once."""
+
+    def __init__(self, rotary: nn.Module) -> None:
+        self._rotary = rotary
+        self._cos = self._sin = torch.empty(0, 0)
+
+    def of(self, states: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(cos, sin: float32 ``[n, size]``; where those of each of `positions` are in them)"""
+        least, most = (int(end) for end in torch.aminmax(positions))
+        if least < 0 or most >= _MOST_ROTATIONS:
+            return *self._computed(states, positions), torch.arange(len(positions))
+        if most >= len(self._cos):
+            count = (most // _ROTATIONS_AT_A_TIME + 1) * _ROTATIONS_AT_A_TIME
+            self._cos, self._sin = self._computed(states, torch.arange(count))
+        return self._cos, self._sin, positions.contiguous()
+
+    def _computed(self, states: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = self._rotary(states, positions.view(1, -1))
+        return cos.reshape(len(positions), -1).contiguous(), sin.reshape(len(positions), -1).contiguous()
+
+
+def _norm(norm: Norm | None) -> native.Norm:
+    return native.Norm(norm.weight.data_ptr(), float(norm.eps)) if norm is not None else native.Norm(None, 0.0)
+
+
+def _panels(linear: Any) -> Panels | None:
+    found: Panels | None = linear.panels() if hasattr(linear, "panels") else None
+    return found
+
+
+def _first(runs: Iterable[tuple[int, int]], positions: int) -> list[tuple[int, int]]:
+    """Of runs of neighbours, the first so many."""
+    kept = []
+    for begin, end in runs:
+        if positions <= 0:
+            break
+        kept.append((begin, min(end, begin + positions)))
+        positions -= end - begin
+    return kept

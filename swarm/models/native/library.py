@@ -1,0 +1,97 @@
+"""What is compiled of C, as Python calls it (ctypes). The structures are those of ``native.h``."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+
+from swarm.models.native.building import compiled_library
+
+logger = logging.getLogger(__name__)
+
+PANEL = 32
+"""Outputs of a linear layer that lie side by side in memory."""
+FLOATS, BYTES, NIBBLES = range(3)
+"""Kinds of weights."""
+
+
+class Linear(Structure):
+    """A linear layer, by the addresses of its tensors."""
+
+    _fields_ = (
+        ("kind", c_int32), ("outputs", c_int32), ("inputs", c_int32),
+        ("weight", c_void_p), ("scale", c_void_p), ("bias", c_void_p),
+    )  # fmt: skip
+
+
+class Norm(Structure):
+    """A root mean square norm."""
+
+    _fields_ = (("weight", c_void_p), ("eps", c_float))
+
+
+class Block(Structure):
+    """A decoder block."""
+
+    _fields_ = (
+        ("query_key_value", Linear), ("attention_out", Linear), ("gate_up", Linear), ("down", Linear),
+        ("before_attention", Norm), ("before_mlp", Norm), ("of_query", Norm), ("of_key", Norm),
+        ("heads", c_int32), ("key_heads", c_int32), ("size", c_int32), ("rotates", c_int32),
+        ("scaling", c_float), ("view", c_int32), ("keys", c_void_p), ("values", c_void_p), ("slots", c_int64),
+    )  # fmt: skip
+
+
+class View(Structure):
+    """What positions look at."""
+
+    _fields_ = (("stretches", c_void_p), ("begins", c_void_p))
+
+
+class Step(Structure):
+    """Positions to run."""
+
+    _fields_ = (
+        ("rows", c_int64), ("hidden", c_int64), ("states", c_void_p), ("cos", c_void_p), ("sin", c_void_p),
+        ("positions", c_void_p), ("slots", c_void_p), ("views", POINTER(View)),
+    )  # fmt: skip
+
+
+class Library:
+    """The functions; they let other Python threads run meanwhile."""
+
+    def __init__(self, path: str) -> None:
+        library = ctypes.CDLL(path)
+        self._linear, self._blocks = library.swarm_linear, library.swarm_blocks
+        self._linear.argtypes = (POINTER(Linear), c_void_p, c_int64, c_void_p, c_int32)
+        self._blocks.argtypes = (POINTER(Block), c_int64, POINTER(Step), c_int32)
+
+    def linear(self, linear: Linear, rows: int, count: int, product: int, threads: int) -> None:
+        """``swarm_linear``, with the addresses of float32 ``[count, inputs]`` and ``[count, outputs]``.
+
+        Raises:
+            MemoryError
+        """
+        if self._linear(linear, rows, count, product, threads):
+            raise MemoryError(f"no memory to multiply {count} rows")
+
+    def blocks(self, blocks: ctypes.Array[Block], step: Step, threads: int) -> None:
+        """``swarm_blocks``.
+
+        Raises:
+            MemoryError
+        """
+        if self._blocks(blocks, len(blocks), step, threads):
+            raise MemoryError(f"no memory to run {step.rows} positions")
+
+
+@functools.cache
+def library() -> Library | None:
+    """The one for this machine; None: there is none, and the reason was logged."""
+    path = compiled_library()
+    try:
+        return Library(str(path)) if path is not None else None
+    except (OSError, AttributeError) as error:
+        logger.warning("what was compiled for this machine cannot be used, it will be slower: %s", error)
+        return None

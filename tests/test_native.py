@@ -1,0 +1,184 @@
+"""What is compiled on this machine computes what it should; and what happens where nothing can be compiled."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from swarm.models.native import building, library
+from swarm.models.native.panels import PanelLinear, can_use_panels
+from swarm.models.packed_linear import LinearWithCopy
+from swarm.models.quantization import int4, int8
+from swarm.models.quantization.kernels import Trial
+
+
+def rows_of(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine on which nothing was compiled yet."""
+    monkeypatch.setenv("SWARM_HOME", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("inputs, outputs", [(1, 1), (64, 32), (65, 33), (577, 100), (1536, 40)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 5, 11, 13, 40])
+def test_a_layer_in_panels_computes_what_the_layer_does(inputs: int, outputs: int, bias: bool, count: int) -> None:
+    linear = torch.nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
+    in_panels, rows = PanelLinear(linear.weight, linear.bias), rows_of(count, inputs)
+    true = torch.nn.functional.linear(rows.double(), linear.weight.double(), linear.bias.double() if bias else None)
+    error = (in_panels(rows) - true).norm() / true.norm()
+    assert error < 3e-7 and in_panels(rows.view(1, count, inputs)).shape == (1, count, outputs)
+    assert torch.equal(in_panels.dense(), linear.weight)
+
+
+@pytest.mark.parametrize("outputs", [96, 100])
+def test_a_row_is_the_same_with_any_others_and_any_number_of_threads(outputs: int) -> None:
+    linear = PanelLinear(rows_of(outputs, 300), None)
+    rows = rows_of(29, 300, seed=2)
+    together = linear(rows)
+    assert all(torch.equal(linear(rows[:count]), together[:count]) for count in range(1, 30))
+    assert all(torch.equal(linear(rows[first:]), together[first:]) for first in range(29))
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(linear(rows), together)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("module", [int8, int4])
+@pytest.mark.parametrize("inputs", [32, 576, 1568])
+def test_quantized_weights_in_panels_are_multiplied_exactly(module: Any, inputs: int) -> None:
+    kernel, trial = kernel_of(module), trial_of(module, inputs)
+    for rows in (*trial.few, trial.many):
+        true = trial.product(rows)
+        # 16-bit levels of rows: int8's true product counts them in, int4's does not.
+        tolerance = 1e-6 if module is int8 else 1e-4
+        assert (kernel.multiply(rows, *kernel.arrange(trial.levels)) - true).norm() < tolerance * true.norm()
+
+
+@pytest.mark.parametrize("processor, needs", [("x86-64", "sse2"), ("haswell", "avx2"), ("skylake-avx512", "avx512bw")])
+def test_code_for_other_processors_computes_the_same(
+    processor: str, needs: str, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if f" {needs} " not in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"this processor has no {needs}")
+    monkeypatch.setattr(building, "_WAYS", ((f"-march={processor}",),))
+    compiled = library.Library(str(building.compiled_library()))
+    linear, rows = PanelLinear(rows_of(100, 577), rows_of(100)), rows_of(7, 577, seed=2)
+    quantized = [(kernel_of(module), trial_of(module, 576)) for module in (int8, int4)]
+    here = [
+        linear(rows),
+        *(kernel.multiply(trial.few[1], *kernel.arrange(trial.levels)) for kernel, trial in quantized),
+    ]
+    monkeypatch.setattr("swarm.models.native.panels.library", lambda: compiled)
+    there = [
+        linear(rows),
+        *(kernel.multiply(trial.few[1], *kernel.arrange(trial.levels)) for kernel, trial in quantized),
+    ]
+    assert all(
+        one is not other and (one - other).norm() < 1e-6 * one.norm() for one, other in zip(here, there, strict=True)
+    )
+
+
+def kernel_of(module: Any) -> Any:
+    return next(one for one in module.KERNELS if one.name == "panels")
+
+
+def trial_of(module: Any, inputs: int) -> Trial[Any]:
+    found: Trial[Any] = module.trial((128, inputs), torch.device("cpu"))
+    return found
+
+
+def test_numbers_that_are_none_stay_in_their_row() -> None:
+    linear, rows = PanelLinear(rows_of(40, 64), None), rows_of(3, 64, seed=2)
+    expected = linear(rows)
+    rows[1, 5] = torch.nan
+    found = linear(rows)
+    assert found[1].isnan().all() and torch.equal(found[::2], expected[::2])
+
+
+def test_this_machine_compiles_it_once(elsewhere: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "swarm.models.native.building"):
+        first = building.compiled_library()
+        assert first is not None and first.parent == elsewhere / "native"
+        assert building.compiled_library() == first
+    assert caplog.text.count("compiling for this processor") == 1
+    assert not list(first.parent.glob(".*"))  # nothing half made is left
+
+
+def test_without_a_compiler_everything_works_in_another_way(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", str(elsewhere))
+    monkeypatch.setattr(building.importlib.util, "find_spec", lambda name: None)
+    assert building.compiled_library() is None
+    assert "there is no C compiler here" in caplog.text and "swarm[compiler]" in caplog.text
+    monkeypatch.setattr("swarm.models.native.panels.library", lambda: None)
+    assert not can_use_panels(torch.float32)
+    layer = torch.nn.Linear(64, 64).requires_grad_(False)
+    for scheme in (int8.Int8Linear, int4.Int4Linear):
+        quantized = scheme.quantize(layer.weight, layer.bias)
+        assert quantized.panels() is None
+        assert (quantized(rows_of(1, 64)) - layer(rows_of(1, 64))).norm() < 0.1 * layer(rows_of(1, 64)).norm()
+
+
+def test_a_compiler_that_fails_is_not_the_last_that_is_tried(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = elsewhere / "broken"
+    broken.write_text(f"#!{sys.executable}\nimport sys\nsys.exit('no, I will not')\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    assert building.compiled_library() is not None
+    monkeypatch.setenv("SWARM_HOME", str(elsewhere / "another"))
+    monkeypatch.setenv("PATH", str(elsewhere))
+    monkeypatch.setattr(building.importlib.util, "find_spec", lambda name: None)
+    assert building.compiled_library() is None
+    assert "no, I will not" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda content: content[:1000], lambda content: b"", lambda content: content[:-1] + b"?"]
+)
+def test_a_damaged_library_is_compiled_again(elsewhere: Path, damage: Callable[[bytes], bytes]) -> None:
+    path = building.compiled_library()
+    assert path is not None
+    whole = path.read_bytes()
+    path.unlink()  # what is in use is left alone
+    path.write_bytes(damage(whole))
+    assert building.compiled_library() == path and path.read_bytes() != damage(whole)
+    assert isinstance(library.library.__wrapped__(), library.Library)
+
+
+def test_a_home_that_cannot_be_written_to_is_said(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (elsewhere / "file").touch()
+    monkeypatch.setenv("SWARM_HOME", str(elsewhere / "file"))
+    assert building.compiled_library() is None
+    assert "cannot be written to" in caplog.text
+
+
+def test_it_can_be_switched_off(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWARM_NATIVE", "0")
+    assert building.compiled_library() is None
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_head_in_panels_follows_its_weights() -> None:
+    head = torch.nn.Linear(64, 96, bias=False).requires_grad_(False)
+    with_copy, rows = LinearWithCopy(head, PanelLinear(head.weight, None)), rows_of(2, 64)
+    torch.testing.assert_close(with_copy(rows), head(rows), rtol=1e-5, atol=1e-5)
+    head.weight.mul_(2)
+    assert torch.equal(with_copy(rows), head(rows))
