@@ -19,6 +19,7 @@ from swarm.models import Checkpoint, Span, load_span
 from swarm.models.experts import RoutedTables
 from swarm.models.paged_cache import PagePool
 from swarm.models.pages import pages_for
+from swarm.models.native.library import library
 from swarm.models.together import Together, prepare_span
 from swarm.protocol.tensors import dtype_name
 from swarm.server.machine import device_name, usable_cores
@@ -121,6 +122,11 @@ def load_hosted_span(
         logger.warning(
             "%s models compute attention in a way of their own: sessions run one by one, not as a batch",
             checkpoint.config.model_type,
+        )
+    if span.device.type == "cpu" and library() is None:
+        logger.warning(
+            "nothing is compiled for this machine, which computes more slowly than it could: install gcc or clang, or "
+            "pip install 'swarm[compiler]'"
         )
     go_on()
     speed = _speed_of(span, together, checkpoint, settings)

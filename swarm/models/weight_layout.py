@@ -131,13 +131,16 @@ def huge_page_memory(size_bytes: int) -> torch.Tensor:
 
 
 def fastest_layouts(linears: Sequence[nn.Module]) -> Layouts:
-    """The fastest layout of every shape among `linears`."""
+    """The fastest layout of every shape among `linears`; panels for all, if they are the fastest for most weights."""
     by_shape: dict[torch.Size, list[torch.Tensor]] = defaultdict(list)
     for linear in linears:
         by_shape[_matrix(linear).shape].append(_matrix(linear))
     if sum(_room(weight) for weights in by_shape.values() for weight in weights) < _SAMPLE_BYTES:
         return {}  # caches hold all of it: nothing to gain
-    return {shape: _remembered_fastest(weights) for shape, weights in by_shape.items()}
+    layouts = {shape: _remembered_fastest(weights) for shape, weights in by_shape.items()}
+    sizes = {shape: sum(map(_room, weights)) for shape, weights in by_shape.items()}
+    in_panels = sum(sizes[shape] for shape, layout in layouts.items() if layout is Layout.PANELS)
+    return dict.fromkeys(layouts, Layout.PANELS) if 2 * in_panels > sum(sizes.values()) else layouts
 
 
 def _remembered_fastest(weights: Sequence[torch.Tensor], others: Collection[Layout] = tuple(Layout)) -> Layout:

@@ -97,10 +97,7 @@ def _compile(target: Path) -> None:
     if said:
         logger.warning("no C compiler could compile what makes this machine faster; the last said: %s", said[-500:])
     else:
-        logger.warning(
-            "there is no C compiler here, so this machine computes more slowly than it could: install gcc or clang, or "
-            "pip install 'swarm[compiler]'"
-        )
+        logger.info("there is no C compiler here")
 
 
 def _can_be_loaded(library: Path) -> bool:

@@ -31,10 +31,10 @@ typedef float floats __attribute__((vector_size(4 * WIDTH)));
 typedef float floats_anywhere __attribute__((vector_size(4 * WIDTH), aligned(4)));
 typedef int32_t ints __attribute__((vector_size(4 * WIDTH)));
 
-/* Inputs whose products are summed before the sum is added to the others. Of 16-bit levels and bytes, 512 fit. */
-#define STRETCH 256
-
-#define FEW 64
+/* Inputs whose products are summed before the sum is added to the others: of floats few, for precision; of 16-bit levels
+   and bytes, 512 would fit. */
+#define FLOATS_STRETCH 64
+#define BYTES_STRETCH 256
 
 /* Weights are asked for so many bytes before they are needed: memory answers slowly. */
 #define AHEAD 8192
@@ -81,8 +81,8 @@ INLINE void finish(const Place *place, int row, floats *sums) {
 INLINE void floats_tile(const int count, const Place *place, const float *rows, const float *panel) {
     const int64_t inputs = place->linear->inputs;
     floats sums[MOST_ROWS][VECTORS] = {0};
-    for (int64_t begin = 0; begin < inputs; begin += FEW) {
-        const int64_t end = least(begin + FEW, inputs);
+    for (int64_t begin = 0; begin < inputs; begin += FLOATS_STRETCH) {
+        const int64_t end = least(begin + FLOATS_STRETCH, inputs);
         floats partial[MOST_ROWS][VECTORS] = {0};
         for (int64_t input = begin; input < end; input++) {
             floats weights[VECTORS];
@@ -106,6 +106,22 @@ typedef struct {
     float *group_sums; /* of the levels of every group, [rows, groups]; NULL if not wanted */
 } Levels;
 
+/* Of what is no number, or infinite, if there is any; at least next to nothing. As whole numbers, the bits of positive
+   floats have the order of the floats, with those at the end. */
+static float largest_of(const float *from, int64_t count) {
+    float largest = 1e-30f;
+    int32_t most;
+    memcpy(&most, &largest, sizeof most);
+    for (int64_t i = 0; i < count; i++) {
+        int32_t bits;
+        memcpy(&bits, from + i, sizeof bits);
+        bits &= INT32_MAX;
+        most = bits > most ? bits : most;
+    }
+    memcpy(&largest, &most, sizeof largest);
+    return largest;
+}
+
 static int split_rows(Levels *levels, const float *rows, int64_t count, int64_t inputs, int64_t multiple, int sums) {
     const int64_t padded = (inputs + multiple - 1) / multiple * multiple, groups = padded / GROUP;
     levels->inputs = padded;
@@ -116,8 +132,7 @@ static int split_rows(Levels *levels, const float *rows, int64_t count, int64_t 
     for (int64_t row = 0; row < count; row++) {
         const float *from = rows + row * inputs;
         int16_t *to = levels->levels + row * padded;
-        float largest = 1e-30f;
-        for (int64_t i = 0; i < inputs; i++) largest = fabsf(from[i]) > largest ? fabsf(from[i]) : largest;
+        const float largest = largest_of(from, inputs);
         const float factor = (1.0f / largest) * LARGEST_LEVEL;
         for (int64_t i = 0; i < inputs; i++) to[i] = (int16_t)(int32_t)rintf(from[i] * factor);
         for (int64_t i = inputs; i < padded; i++) to[i] = 0;
@@ -211,8 +226,8 @@ INLINE void bytes_tile(const int count, const Place *place, const Levels *levels
     const int64_t inputs = levels->inputs;
     const int16_t *rows = levels->levels + first_row * inputs;
     floats sums[MOST_ROWS][VECTORS] = {0};
-    for (int64_t begin = 0; begin < inputs; begin += STRETCH) {
-        const int64_t end = least(begin + STRETCH, inputs);
+    for (int64_t begin = 0; begin < inputs; begin += BYTES_STRETCH) {
+        const int64_t end = least(begin + BYTES_STRETCH, inputs);
         Sums partial[MOST_ROWS] = {0};
         for (int64_t input = begin; input < end; input += 2) {
             fetch(panel + input * PANEL, 2 * PANEL);
