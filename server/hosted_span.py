@@ -17,9 +17,9 @@ from swarm import __version__
 from swarm.dht import precision_name
 from swarm.models import Checkpoint, Span, load_span
 from swarm.models.experts import RoutedTables
+from swarm.models.native.library import library
 from swarm.models.paged_cache import PagePool
 from swarm.models.pages import pages_for
-from swarm.models.native.library import library
 from swarm.models.together import Together, prepare_span
 from swarm.protocol.tensors import dtype_name
 from swarm.server.machine import device_name, usable_cores
