@@ -35,6 +35,7 @@ NOW = 1_700_000_000.0
 # computing
 
 
+@pytest.mark.quiet
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "mistral", "mixtral", "gemma3_text", "falcon-alibi"])
 def test_every_phase_is_measured_on_every_kind_of_model(family: str, tmp_path: Path) -> None:
     save_tiny_model(family, tmp_path)
