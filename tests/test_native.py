@@ -134,9 +134,12 @@ def test_without_a_compiler_everything_works_in_another_way(
     with caplog.at_level(logging.INFO, "swarm.models.native.building"):
         assert building.compiled_library() is None
     assert "there is no C compiler here" in caplog.text
-    monkeypatch.setattr("swarm.models.native.panels.library", lambda: None)
-    assert not can_use_panels(torch.float32)
     layer = torch.nn.Linear(64, 64).requires_grad_(False)
+    for scheme in (int8.Int8Linear, int4.Int4Linear):  # what was best with a compiler is remembered, and not tried
+        scheme.quantize(layer.weight, layer.bias)
+    for module in ("native.panels", "quantization.int8", "quantization.int4"):
+        monkeypatch.setattr(f"swarm.models.{module}.library", lambda: None)
+    assert not can_use_panels(torch.float32)
     for scheme in (int8.Int8Linear, int4.Int4Linear):
         quantized = scheme.quantize(layer.weight, layer.bias)
         assert quantized.panels() is None

@@ -146,7 +146,8 @@ def fastest_layouts(linears: Sequence[nn.Module]) -> Layouts:
 def _remembered_fastest(weights: Sequence[torch.Tensor], others: Collection[Layout] = tuple(Layout)) -> Layout:
     """As :func:`_fastest`, timed once on this machine for every shape."""
     one = weights[0]
-    options = [layout.value for layout in Layout if layout is Layout.AS_LOADED or layout in others]
+    possible = [layout for layout in Layout if layout is not Layout.PANELS or can_use_panels(one.dtype)]
+    options = [layout.value for layout in possible if layout is Layout.AS_LOADED or layout in others]
     situation = Situation.here(f"layout-{str(one.dtype).removeprefix('torch.')}", one.shape, one.device, options)
     return Layout(choice(situation, lambda: _fastest(weights, others).value))
 

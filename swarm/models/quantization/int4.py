@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from swarm.models.native import panels
-from swarm.models.native.library import PANEL
+from swarm.models.native.library import PANEL, library
 from swarm.models.native.panels import Panels
 from swarm.models.quantization.groups import multiply_by_chunks, whole_groups, whole_rows
 from swarm.models.quantization.kernels import Kernel, Trial, fastest, sampled_outputs
@@ -114,7 +114,8 @@ class Int4Linear(nn.Module):
 
 def kernel_for(shape: Sequence[int], device: torch.device) -> Kernel[Int4Levels]:
     """The fastest for a padded weight ``[outputs, inputs]``. It returns bfloat16 or float32."""
-    return fastest("int4", shape, device, KERNELS, lambda: trial(shape, device), _InPanels.name)
+    kernels = [one for one in KERNELS if library() is not None or not isinstance(one, _InPanels)]
+    return fastest("int4", shape, device, kernels, lambda: trial(shape, device), _InPanels.name)
 
 
 def trial(shape: Sequence[int], device: torch.device) -> Trial[Int4Levels]:

@@ -162,6 +162,7 @@ def panels_in_files() -> bool:
 def kernel_for(shape: Sequence[int], device: torch.device) -> Kernel[Int8Levels]:
     """The fastest for a weight ``[outputs, inputs]``. It multiplies ``[…, inputs]`` and returns float32."""
     kernels = KERNELS if device.type == "cpu" else CUDA_KERNELS
+    kernels = [one for one in kernels if library() is not None or not isinstance(one, _InPanels)]
     return fastest("int8", shape, device, kernels, lambda: trial(shape, device), _InPanels.name)
 
 
