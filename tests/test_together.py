@@ -108,7 +108,7 @@ def test_a_fast_way_that_gives_something_else_is_not_taken(
     assert fast is not None
     monkeypatch.setattr(fast, "_rotary", lambda states, ids: (torch.ones(1, 1, 16), torch.zeros(1, 1, 16)))
     assert way_together(span, hidden, fast) == ThroughLayers(padded=False)
-    assert "give other results than transformers" in caplog.text
+    assert "other results than transformers" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-sliding", "qwen3"])

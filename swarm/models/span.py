@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -103,7 +102,7 @@ class Span:
         shell.config = _cut_config(config, start, end)
         return cls(start, end, shell, tuple(layers), config, offloaded & frozenset(range(start, end)))
 
-    @functools.cached_property  # transformers looks at every parameter until it finds one that tells
+    @cached_property  # transformers looks at every parameter until it finds one that tells
     def dtype(self) -> torch.dtype:
         """The precision of the hidden states that go in and come out."""
         return self.base.dtype
