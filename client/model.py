@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import inspect
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -236,6 +237,10 @@ class DistributedMixin(PreTrainedModel):
             result.sequences = new
             return result
         return new
+
+    def _supports_logits_to_keep(self) -> bool:
+        """Whether the head can be spared all positions of a prompt but the last: as the family's own class says."""
+        return "logits_to_keep" in inspect.signature(super().forward).parameters
 
     def _prepare_attention_mask_for_generation(
         self, inputs_tensor: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]

@@ -13,10 +13,13 @@ from typing import Any, TypeVar
 import torch
 
 from swarm.protocol.served_session import Spent
-from swarm.server.schedule import Waiting, choose
+from swarm.server.schedule import Waiting, choose, may_grow
 
 T = TypeVar("T")
 W = TypeVar("W")
+
+_PATIENCE = 0.25
+"""The part of what a batch takes for which the next one waits for another step."""
 
 
 @dataclass(eq=False)
@@ -45,6 +48,7 @@ class ComputeThread:
         self._changed = threading.Condition()
         self._stopped = False
         self._experts_s = 0.0
+        self._company, self._patience_s = 1, 0.0
         self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
         self._thread.start()
 
@@ -97,15 +101,17 @@ class ComputeThread:
 
     def _work(self) -> None:
         _use_threads(self._threads)
-        after_together = False
-        while jobs := self._next(after_together):
-            after_together = jobs[0].waiting.group is not None
+        after_short = False
+        while jobs := self._next(after_short):
+            after_short = jobs[0].waiting.is_short
             begun, self._experts_s = time.perf_counter(), 0.0
             try:
                 results = jobs[0].run([job.work for job in jobs])
             except BaseException as error:
                 results = [error] * len(jobs)
             took_s = time.perf_counter() - begun
+            if after_short:
+                self._company, self._patience_s = len(jobs), _PATIENCE * took_s
             spent = [Spent(begun - job.submitted, took_s, self._experts_s, len(jobs)) for job in jobs]
             told = [
                 (job.future, result if isinstance(result, BaseException) else (result, how_long))
@@ -113,21 +119,32 @@ class ComputeThread:
             ]
             _tell(told)
 
-    def _next(self, after_together: bool) -> list[_Job]:
+    def _next(self, after_short: bool) -> list[_Job]:
         """Wait for jobs, and take those to run now; none if the thread is to end."""
         with self._changed:
             while not self._stopped:
                 for errand in self._soon:
                     errand()
                 self._soon.clear()
+                if self._jobs:
+                    self._wait_for_company()
                 self._jobs = [job for job in self._jobs if not job.future.cancelled()]
                 if self._jobs:
-                    chosen = choose([job.waiting for job in self._jobs], after_together=after_together)
+                    chosen = choose([job.waiting for job in self._jobs], after_short=after_short)
                     jobs = [self._jobs[index] for index in chosen]
                     self._jobs = [job for job in self._jobs if job not in jobs]
                     return jobs
                 self._changed.wait()
             return []
+
+    def _wait_for_company(self) -> None:
+        """Steps that ran together are likely to come together again, and all of them cost little more than one: as long
+        as they come shortly after one another, wait until there are as many."""
+        while may_grow([job.waiting for job in self._jobs], self._company) and not self._stopped:
+            came = len(self._jobs)
+            self._changed.wait(self._patience_s)
+            if len(self._jobs) == came:
+                return
 
 
 def _use_threads(count: int) -> None:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from swarm.models import Span
 from swarm.models.paged_cache import PagePool
-from swarm.models.pages import PAGE
+from swarm.models.pages import PAGE, pages_for
 from swarm.models.together import Together
 
 BATCHES = (1, 4, 16)
@@ -64,7 +64,7 @@ def measure_compute(span: Span, hidden_size: int, together: Together | None) -> 
         for count in batches:
             decode[count] = count / time_s(_decode(span, hidden_size, together, count))
             bar.update()
-        prefill = positions / time_s(_prefill(span, hidden_size, positions))
+        prefill = positions / time_s(_prefill(span, hidden_size, together, positions))
         bar.update()
     computed_s, passed_s = time.thread_time() - begun_computing, time.perf_counter() - begun
     undisturbed = span.device.type != "cpu" or computed_s >= _UNDISTURBED * passed_s
@@ -111,9 +111,17 @@ def _decode(span: Span, hidden_size: int, together: Together | None, sessions: i
     return step
 
 
-def _prefill(span: Span, hidden_size: int, positions: int) -> Callable[[], object]:
+def _prefill(span: Span, hidden_size: int, together: Together | None, positions: int) -> Callable[[], object]:
     states = _noise(span, 1, positions, hidden_size)
-    return lambda: span.forward(states, span.new_cache()).to("cpu")
+    if together is None or not together.runs_one_faster or positions > together.most_positions:
+        return lambda: span.forward(states, span.new_cache()).to("cpu")
+    cache = PagePool.for_span(span, hidden_size, pages=pages_for(positions)).new_cache(span.start, span.end, positions)
+
+    def prompt() -> object:
+        cache.roll_back(0)
+        return together.forward(span, [(states, cache, None)])[0].to("cpu")
+
+    return prompt
 
 
 def _noise(span: Span, sessions: int, positions: int, hidden_size: int) -> torch.Tensor:

@@ -93,6 +93,15 @@ def test_eight_users_of_one_model_at_the_same_time_get_what_each_would_get_alone
         assert answers[index].tolist() == smollm2.whole.generate(**given, **how).tolist(), how
 
 
+def test_the_head_is_spared_all_of_a_prompt_but_its_end(model: Any, smollm2: SmolLM2) -> None:
+    inputs, seen = smollm2.chat(QUESTION), list[int]()
+    hook = model.get_output_embeddings().register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=3, min_new_tokens=3)
+    hook.remove()
+    assert seen == [1, 1, 1] and inputs["input_ids"].shape[1] > 1
+    assert ids.tolist() == smollm2.greedy(QUESTION, 3).tolist()
+
+
 def test_a_second_turn_reuses_the_first_turns_cache_and_equals_local(model: Any, smollm2: SmolLM2) -> None:
     options = {"do_sample": False, "max_new_tokens": 24, "return_dict_in_generate": True}
     first = smollm2.chat("Name one colour.")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_families import SUPPORTED
-from tiny_models import save_tiny_model
+from tiny_models import TINY_MODELS, save_tiny_model
 
 from swarm.models import Span, load_span, open_checkpoint
 from swarm.models.compiled_blocks import CompiledBlocks
@@ -140,6 +140,35 @@ def test_compiled_blocks_give_the_same_bits_in_any_company(
         each = [way.forward(span, [(token, cache, None)])[0] for token, cache in zip(tokens, alone, strict=True)]
         torch.set_num_threads(1)
         assert all(torch.equal(one, other) for one, other in zip(found, each, strict=True))
+
+
+@pytest.mark.parametrize("size, heads, key_heads", [(20, 4, 2), (64, 6, 2), (80, 3, 3), (128, 5, 1)])
+@pytest.mark.parametrize("window", [None, 40])
+def test_a_prompt_gives_the_same_bits_in_any_pieces(
+    size: int, heads: int, key_heads: int, window: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, fields = TINY_MODELS["mistral"]
+    shape = {"head_dim": size, "num_attention_heads": heads, "num_key_value_heads": key_heads}
+    room = {"max_position_embeddings": 256, "sliding_window": window}
+    monkeypatch.setitem(TINY_MODELS, "mistral", (family, {**fields, **shape, **room}))
+    span, hidden = span_of("mistral", tmp_path)
+    fuse_projections(span)
+    lay_out_in_panels(span, hidden)
+    way = CompiledBlocks.of(span)
+    assert way is not None
+    prompt = states(1, 150, hidden, seed=1)
+    expected = span.forward(prompt, span.new_cache())
+    pool = PagePool.for_span(span, hidden, pages=40)
+    found = []
+    for pieces in ([150], [64, 64, 22], [1, 5, 70, 1, 73], [1] * 150):
+        cache = pool.new_cache(span.start, span.end, 150)
+        torch.set_num_threads(len(pieces) % 2 + 1)
+        parts = [way.forward(span, [(piece, cache, None)])[0] for piece in prompt.split(pieces, dim=1)]
+        torch.set_num_threads(1)
+        found.append(torch.cat(parts, dim=1))
+        cache.release()
+    assert (found[0] - expected).norm() < 1e-5 * expected.norm()
+    assert all(torch.equal(one, found[0]) for one in found)
 
 
 def test_positions_far_beyond_all_others_are_rotated_like_them(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Short steps of blocks built as Llama's as one call of compiled code: norms, rotary embeddings, attention, and all.
+"""Blocks built as Llama's as one call of compiled code: norms, rotary embeddings, attention, and all.
 
 Where all weights of a span lie in panels (:mod:`swarm.models.native`), in float32 or quantized. What becomes of a
 position does not depend, to the last bit, on what else runs with it. Whether the result is that of the family's own
@@ -7,7 +7,8 @@ code is tried when a server loads (:func:`swarm.models.together.way_together`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class CompiledBlocks:
     """A way to run sessions together (:class:`swarm.models.together.Together`), and one alone."""
 
     runs_one_faster = True
-    most_positions = 16
+    most_positions = 2048  # as many as clients send at once
 
     def __init__(self, rotary: nn.Module, blocks: Sequence[_Compiled]) -> None:
         self._rotations, self._blocks, self._hidden = _Rotations(rotary), blocks, blocks[0].hidden
@@ -53,15 +54,15 @@ class CompiledBlocks:
         slots = torch.cat([cache.slots for cache in caches])
         if states.shape != (len(slots), self._hidden):  # compiled code takes it at its word
             raise ValueError(f"states {tuple(states.shape)} do not fit {len(slots)} positions of {self._hidden}")
-        views = _Views(caches)
+        sequences, _runs = _sequences(caches)
         first = span.start - caches[0].pool.first_layer
         cos, sin, positions = self._rotations.of(states, position_ids)
         blocks = (native.Block * (span.end - span.start))(
-            *(self._blocks[first + index].structure(caches[0].pool, views) for index in range(span.end - span.start))
+            *(self._blocks[first + index].structure(caches[0].pool) for index in range(span.end - span.start))
         )
         step = native.Step(
             len(states), hidden, states.data_ptr(), cos.data_ptr(), sin.data_ptr(), positions.data_ptr(),
-            slots.data_ptr(), views.structures(),
+            slots.data_ptr(), sequences, len(sequences),
         )  # fmt: skip
         needed().blocks(blocks, step, torch.get_num_threads())
         outputs = states.split([states.shape[:2].numel() for states, _, _ in steps])
@@ -101,47 +102,14 @@ class _Compiled:
         fits = [(linear.inputs, linear.outputs) for linear in linears] == expected
         return cls(block, linears) if fits else None
 
-    def structure(self, pool: PagePool, views: _Views) -> native.Block:
-        """Of this block, with keys and values in `pool`, for a step that looks at `views`."""
+    def structure(self, pool: PagePool) -> native.Block:
+        """Of this block, with keys and values in `pool`."""
         if self._pool is not pool:
             keys, values = pool.keys[self._number], pool.values[self._number]
             self._structure.keys, self._structure.values = keys.data_ptr(), values.data_ptr()
-            self._structure.slots, self._pool = keys.shape[1], pool
-        self._structure.view = views.index(pool.shapes[self._number].window)
+            self._structure.slots, self._structure.window = keys.shape[1], pool.shapes[self._number].window or 0
+            self._pool = pool
         return self._structure
-
-
-class _Views:
-    """What each position of a step looks at, for every window that a layer has."""
-
-    def __init__(self, caches: Sequence[PagedCache]) -> None:
-        self._caches = caches
-        self._windows: dict[int | None, int] = {}
-        self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def index(self, window: int | None) -> int:
-        """The number of the view within `window`."""
-        if window not in self._windows:
-            self._windows[window] = len(self._tensors)
-            self._tensors.append(self._within(window))
-        return self._windows[window]
-
-    def structures(self) -> Any:
-        """All that were asked for; this object must live as long."""
-        each = [native.View(stretches.data_ptr(), begins.data_ptr()) for stretches, begins in self._tensors]
-        return (native.View * len(each))(*each)
-
-    def _within(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(int64 ``[stretches, 2]``, where those of each position begin)"""
-        stretches: list[tuple[int, int]] = []
-        begins = [0]
-        for cache in self._caches:
-            for row in range(cache.rows):
-                for position in range(cache.begun, cache.length):
-                    first = 0 if window is None else max(0, position + 1 - window)
-                    stretches += _first(cache.runs(row, cache.length - first), position + 1 - first)
-                    begins.append(len(stretches))
-        return torch.tensor(stretches, dtype=torch.int64), torch.tensor(begins, dtype=torch.int64)
 
 
 class _Rotations:
@@ -175,12 +143,15 @@ def _panels(linear: Any) -> Panels | None:
     return found
 
 
-def _first(runs: Iterable[tuple[int, int]], positions: int) -> list[tuple[int, int]]:
-    """Of runs of neighbours, the first so many."""
-    kept = []
-    for begin, end in runs:
-        if positions <= 0:
-            break
-        kept.append((begin, min(end, begin + positions)))
-        positions -= end - begin
-    return kept
+def _sequences(caches: Sequence[PagedCache]) -> tuple[ctypes.Array[native.Sequence], torch.Tensor]:
+    """(the sequences of a step; the runs at which they point, int64 ``[runs, 2]``, which must live as long)"""
+    runs_of_each = [cache.runs(row, cache.length) for cache in caches for row in range(cache.rows)]
+    runs = torch.tensor([run for of_one in runs_of_each for run in of_one], dtype=torch.int64)
+    address, row = runs.data_ptr(), 0
+    found = (native.Sequence * len(runs_of_each))()
+    counts = [(cache.length - cache.begun, cache.begun) for cache in caches for _ in range(cache.rows)]
+    for sequence, of_one, (rows, before) in zip(found, runs_of_each, counts, strict=True):
+        sequence.first_row, sequence.rows, sequence.before = row, rows, before
+        sequence.runs, sequence.run_count = address, len(of_one)
+        address, row = address + len(of_one) * runs.stride(0) * runs.itemsize, row + rows
+    return found, runs

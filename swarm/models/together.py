@@ -163,10 +163,10 @@ def _works(way: Together, span: Span, hidden_size: int) -> bool:
     def states(rows: int, positions: int) -> torch.Tensor:
         return torch.randn(rows, positions, hidden_size, generator=random).to(span.device, span.dtype)
 
-    prompts, tokens = [states(1, 3), states(2, 7)], [states(1, 1), states(2, min(4, way.most_positions))]
-    pool = PagePool.for_span(span, hidden_size, pages=3)
+    prompts, tokens = [states(1, 3), states(2, 7)], [states(1, 1), states(2, min(20, way.most_positions))]
+    pool = PagePool.for_span(span, hidden_size, pages=6)
     alone = [span.new_cache() for _ in prompts]
-    together = [pool.new_cache(span.start, span.end, PAGE) for _ in prompts]
+    together = [pool.new_cache(span.start, span.end, 2 * PAGE) for _ in prompts]
     for prompt, cache, paged in zip(prompts, alone, together, strict=True):
         span.forward(prompt, cache)
         paged.begin(*prompt.shape[:2])

@@ -26,8 +26,8 @@ from swarm.cache_directory import alone_in, cache_directory, write_atomically
 logger = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("linear.c", "blocks.c")
-_HEADERS = ("native.h",)
+_SOURCES = ("linear.c", "attention.c", "blocks.c")
+_HEADERS = ("native.h", "vectors.h")
 # Nothing here that would let sums be made in another order.
 _FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared", "-fPIC")
 _WAYS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())

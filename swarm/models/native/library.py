@@ -39,14 +39,16 @@ class Block(Structure):
         ("query_key_value", Linear), ("attention_out", Linear), ("gate_up", Linear), ("down", Linear),
         ("before_attention", Norm), ("before_mlp", Norm), ("of_query", Norm), ("of_key", Norm),
         ("heads", c_int32), ("key_heads", c_int32), ("size", c_int32), ("rotates", c_int32),
-        ("scaling", c_float), ("view", c_int32), ("keys", c_void_p), ("values", c_void_p), ("slots", c_int64),
+        ("scaling", c_float), ("window", c_int32), ("keys", c_void_p), ("values", c_void_p), ("slots", c_int64),
     )  # fmt: skip
 
 
-class View(Structure):
-    """What positions look at."""
+class Sequence(Structure):
+    """Rows of a step that are neighbouring positions of one sequence."""
 
-    _fields_ = (("stretches", c_void_p), ("begins", c_void_p))
+    _fields_ = (
+        ("first_row", c_int64), ("rows", c_int64), ("before", c_int64), ("runs", c_void_p), ("run_count", c_int64),
+    )  # fmt: skip
 
 
 class Step(Structure):
@@ -54,7 +56,7 @@ class Step(Structure):
 
     _fields_ = (
         ("rows", c_int64), ("hidden", c_int64), ("states", c_void_p), ("cos", c_void_p), ("sin", c_void_p),
-        ("positions", c_void_p), ("slots", c_void_p), ("views", POINTER(View)),
+        ("positions", c_void_p), ("slots", c_void_p), ("sequences", POINTER(Sequence)), ("sequence_count", c_int64),
     )  # fmt: skip
 
 

@@ -1,35 +1,23 @@
 /* Linear layers whose weights lie in panels: the weights of 32 outputs for one input side by side.
 
-   A panel is read once, from its beginning to its end, for all rows. Every sum is made in one order: along the inputs,
-   in stretches whose sums are then added. */
+   A panel is read once, from its beginning to its end, for a few rows; for many, in blocks that a cache holds while all
+   rows are multiplied with them. Every sum is made in one order: along the inputs, in stretches whose sums are then
+   added. */
 #include "native.h"
+#include "vectors.h"
 
 #include <math.h>
 #include <stdlib.h>
-#include <string.h>
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
-
-/* How many floats a register has, and how many rows are multiplied at a time: as many as there are registers for. */
-#if defined(__AVX512F__)
-#define WIDTH 16
+/* How many rows are multiplied at a time: as many as there are registers for. */
+#if WIDTH == 16
 #define MOST_ROWS 12
-#elif defined(__AVX__)
-#define WIDTH 8
+#elif WIDTH == 8
 #define MOST_ROWS 3
 #else
-#define WIDTH 4
 #define MOST_ROWS 2
 #endif
 #define VECTORS (PANEL / WIDTH)
-
-typedef float floats __attribute__((vector_size(4 * WIDTH)));
-typedef float floats_anywhere __attribute__((vector_size(4 * WIDTH), aligned(4)));
-typedef int32_t ints __attribute__((vector_size(4 * WIDTH)));
 
 /* Inputs whose products are summed before the sum is added to the others: of floats few, for precision; of 16-bit levels
    and bytes, 512 would fit. */
@@ -39,69 +27,114 @@ typedef int32_t ints __attribute__((vector_size(4 * WIDTH)));
 /* Weights are asked for so many bytes before they are needed: memory answers slowly. */
 #define AHEAD 8192
 
+/* Of a panel that is multiplied with many rows. */
+#define BLOCK_BYTES 24576
+
+/* How many of `rows` rows are multiplied at once: one of the numbers for which there is a tile. */
+static int64_t rows_of_tile(int64_t rows) {
+    static const int8_t numbers[] = {12, 8, 6, 4, 3, 2};
+    for (int i = 0; i < 6; i++)
+        if (numbers[i] <= rows && numbers[i] <= MOST_ROWS) return numbers[i];
+    return 1;
+}
+
 /* 16-bit levels of a row: the largest number has this one. */
 #define LARGEST_LEVEL 32639.0f
 
-INLINE floats load(const float *from) { return *(const floats_anywhere *)from; }
-INLINE int64_t least(int64_t one, int64_t other) { return one < other ? one : other; }
+/* Where that is asked for which is needed later, and by how many bytes this moves on with every read of a panel. */
+typedef struct {
+    const char *from;
+    int64_t step;
+} Later;
 
-INLINE void fetch(const void *from, int64_t size) {
-    for (int64_t line = 0; line < size; line += 64) __builtin_prefetch((const char *)from + AHEAD + line, 0, 2);
+INLINE void fetch(Later *later) {
+    __builtin_prefetch(later->from, 0, 2);
+    __builtin_prefetch(later->from + 64, 0, 2);
+    later->from += later->step;
 }
 
-INLINE void store(floats *sums, float *product, int64_t outputs) {
-    if (outputs >= PANEL) {
-        UNROLL for (int v = 0; v < VECTORS; v++) *(floats_anywhere *)(product + v * WIDTH) = sums[v];
-    } else {
-        float all[PANEL];
-        memcpy(all, sums, sizeof all);
-        memcpy(product, all, outputs * sizeof *all);
-    }
-}
-
-/* What a row of products needs to become outputs. */
+/* Rows of products of a panel with some of the inputs: those from `begin` to `end`. */
 typedef struct {
     const Linear *linear;
     int64_t first, outputs; /* of the panel: the first, and how many are left from there */
-    float *product;         /* of the first row */
+    int64_t begin, end;
+    float *product; /* of the first row */
+    Later later;
 } Place;
 
-INLINE void finish(const Place *place, int row, floats *sums) {
-    const Linear *linear = place->linear;
-    if (linear->bias) {
-        float bias[PANEL] = {0};
-        memcpy(bias, linear->bias + place->first, least(place->outputs, PANEL) * sizeof *bias);
-        UNROLL for (int v = 0; v < VECTORS; v++) sums[v] += load(bias + v * WIDTH);
+/* What the inputs before these came to. */
+INLINE void resume(const Place *place, int row, floats *sums) {
+    if (place->begin == 0) {
+        UNROLL for (int v = 0; v < VECTORS; v++) sums[v] = (floats){0};
+        return;
     }
-    store(sums, place->product + row * (int64_t)linear->outputs + place->first, place->outputs);
+    float all[PANEL] = {0};
+    const float *product = place->product + row * (int64_t)place->linear->outputs + place->first;
+    memcpy(all, product, least(place->outputs, PANEL) * sizeof *all);
+    UNROLL for (int v = 0; v < VECTORS; v++) sums[v] = load(all + v * WIDTH);
+}
+
+INLINE int is_last(const Place *place, int64_t inputs) { return place->end == inputs; }
+
+INLINE void keep(const Place *place, int row, floats *sums) {
+    float *product = place->product + row * (int64_t)place->linear->outputs + place->first;
+    if (place->outputs >= PANEL) {
+        UNROLL for (int v = 0; v < VECTORS; v++) store(product + v * WIDTH, sums[v]);
+    } else {
+        float all[PANEL];
+        memcpy(all, sums, sizeof all);
+        memcpy(product, all, place->outputs * sizeof *all);
+    }
+}
+
+INLINE void add_bias(const Place *place, floats *sums) {
+    if (!place->linear->bias) return;
+    float bias[PANEL] = {0};
+    memcpy(bias, place->linear->bias + place->first, least(place->outputs, PANEL) * sizeof *bias);
+    UNROLL for (int v = 0; v < VECTORS; v++) sums[v] += load(bias + v * WIDTH);
 }
 
 /* ---- float32 */
 
+/* Rows [count, inputs] as tiles read them: tile after tile, and in each input by input. */
+static void lay_out_rows(const float *rows, int64_t count, int64_t inputs, float *to) {
+    for (int64_t first = 0; first < count; first += rows_of_tile(count - first)) {
+        const int64_t in_tile = rows_of_tile(count - first);
+        for (int64_t row = 0; row < in_tile; row++)
+            for (int64_t input = 0; input < inputs; input++)
+                to[first * inputs + input * in_tile + row] = rows[(first + row) * inputs + input];
+    }
+}
+
 INLINE void floats_tile(const int count, const Place *place, const float *rows, const float *panel) {
     const int64_t inputs = place->linear->inputs;
-    floats sums[MOST_ROWS][VECTORS] = {0};
-    for (int64_t begin = 0; begin < inputs; begin += FLOATS_STRETCH) {
-        const int64_t end = least(begin + FLOATS_STRETCH, inputs);
+    Later later = place->later;
+    floats sums[MOST_ROWS][VECTORS];
+    UNROLL for (int row = 0; row < count; row++) resume(place, row, sums[row]);
+    for (int64_t begin = place->begin; begin < place->end; begin += FLOATS_STRETCH) {
+        const int64_t end = least(begin + FLOATS_STRETCH, place->end);
         floats partial[MOST_ROWS][VECTORS] = {0};
         for (int64_t input = begin; input < end; input++) {
             floats weights[VECTORS];
-            fetch(panel + input * PANEL, PANEL * sizeof *panel);
+            fetch(&later);
             UNROLL for (int v = 0; v < VECTORS; v++) weights[v] = load(panel + input * PANEL + v * WIDTH);
             UNROLL for (int row = 0; row < count; row++)
-                UNROLL for (int v = 0; v < VECTORS; v++) partial[row][v] += rows[row * inputs + input] * weights[v];
+                UNROLL for (int v = 0; v < VECTORS; v++) partial[row][v] += rows[input * count + row] * weights[v];
         }
         UNROLL for (int row = 0; row < count; row++)
             UNROLL for (int v = 0; v < VECTORS; v++) sums[row][v] += partial[row][v];
     }
-    UNROLL for (int row = 0; row < count; row++) finish(place, row, sums[row]);
+    UNROLL for (int row = 0; row < count; row++) {
+        if (is_last(place, inputs)) add_bias(place, sums[row]);
+        keep(place, row, sums[row]);
+    }
 }
 
 /* ---- rows in 16 bits, for quantized weights */
 
 typedef struct {
     int64_t inputs; /* of a row in memory: a whole number of pairs, or of groups */
-    int16_t *levels;
+    int16_t *levels; /* tile after tile, and in each pair by pair, [inputs / 2, rows, 2] */
     float *worth;     /* of a level, [rows] */
     float *group_sums; /* of the levels of every group, [rows, groups]; NULL if not wanted */
 } Levels;
@@ -122,6 +155,15 @@ static float largest_of(const float *from, int64_t count) {
     return largest;
 }
 
+/* Levels of a row, pairs of which are `apart`; returns what a level is worth. */
+static float split_row(const float *from, int64_t inputs, int64_t padded, int16_t *to, int64_t apart) {
+    const float largest = largest_of(from, inputs);
+    const float factor = (1.0f / largest) * LARGEST_LEVEL;
+    for (int64_t i = 0; i < padded; i++)
+        to[i / 2 * apart + i % 2] = i < inputs ? (int16_t)(int32_t)rintf(from[i] * factor) : 0;
+    return largest / LARGEST_LEVEL;
+}
+
 static int split_rows(Levels *levels, const float *rows, int64_t count, int64_t inputs, int64_t multiple, int sums) {
     const int64_t padded = (inputs + multiple - 1) / multiple * multiple, groups = padded / GROUP;
     levels->inputs = padded;
@@ -129,18 +171,16 @@ static int split_rows(Levels *levels, const float *rows, int64_t count, int64_t 
     if (!levels->levels) return 1;
     levels->worth = (float *)(levels->levels + count * padded);
     levels->group_sums = sums ? levels->worth + count : NULL;
-    for (int64_t row = 0; row < count; row++) {
-        const float *from = rows + row * inputs;
-        int16_t *to = levels->levels + row * padded;
-        const float largest = largest_of(from, inputs);
-        const float factor = (1.0f / largest) * LARGEST_LEVEL;
-        for (int64_t i = 0; i < inputs; i++) to[i] = (int16_t)(int32_t)rintf(from[i] * factor);
-        for (int64_t i = inputs; i < padded; i++) to[i] = 0;
-        levels->worth[row] = largest / LARGEST_LEVEL;
-        for (int64_t group = 0; sums && group < groups; group++) {
-            int32_t sum = 0;
-            for (int i = 0; i < GROUP; i++) sum += to[group * GROUP + i];
-            levels->group_sums[row * groups + group] = (float)sum;
+    for (int64_t first = 0; first < count; first += rows_of_tile(count - first)) {
+        const int64_t in_tile = rows_of_tile(count - first);
+        for (int64_t row = first; row < first + in_tile; row++) {
+            int16_t *to = levels->levels + first * padded + 2 * (row - first);
+            levels->worth[row] = split_row(rows + row * inputs, inputs, padded, to, 2 * in_tile);
+            for (int64_t group = 0; sums && group < groups; group++) {
+                int32_t sum = 0;
+                for (int64_t i = group * GROUP; i < (group + 1) * GROUP; i++) sum += to[i / 2 * 2 * in_tile + i % 2];
+                levels->group_sums[row * groups + group] = (float)sum;
+            }
         }
     }
     return 0;
@@ -225,15 +265,17 @@ INLINE void bytes_tile(const int count, const Place *place, const Levels *levels
                        const int8_t *panel) {
     const int64_t inputs = levels->inputs;
     const int16_t *rows = levels->levels + first_row * inputs;
-    floats sums[MOST_ROWS][VECTORS] = {0};
-    for (int64_t begin = 0; begin < inputs; begin += BYTES_STRETCH) {
-        const int64_t end = least(begin + BYTES_STRETCH, inputs);
+    Later later = place->later;
+    floats sums[MOST_ROWS][VECTORS];
+    UNROLL for (int row = 0; row < count; row++) resume(place, row, sums[row]);
+    for (int64_t begin = place->begin; begin < place->end; begin += BYTES_STRETCH) {
+        const int64_t end = least(begin + BYTES_STRETCH, place->end);
         Sums partial[MOST_ROWS] = {0};
         for (int64_t input = begin; input < end; input += 2) {
-            fetch(panel + input * PANEL, 2 * PANEL);
+            fetch(&later);
             const Pair pair = bytes_pair(panel + input * PANEL);
             UNROLL for (int row = 0; row < count; row++)
-                add_products(&partial[row], &pair, rows + row * inputs + input);
+                add_products(&partial[row], &pair, rows + input * count + 2 * row);
         }
         UNROLL for (int row = 0; row < count; row++)
             UNROLL for (int v = 0; v < VECTORS; v++)
@@ -242,9 +284,12 @@ INLINE void bytes_tile(const int count, const Place *place, const Levels *levels
     float scale[PANEL] = {0};
     memcpy(scale, (const float *)place->linear->scale + place->first, least(place->outputs, PANEL) * sizeof *scale);
     UNROLL for (int row = 0; row < count; row++) {
-        UNROLL for (int v = 0; v < VECTORS; v++)
-            sums[row][v] = sums[row][v] * load(scale + v * WIDTH) * levels->worth[first_row + row];
-        finish(place, row, sums[row]);
+        if (is_last(place, inputs)) {
+            UNROLL for (int v = 0; v < VECTORS; v++)
+                sums[row][v] = sums[row][v] * load(scale + v * WIDTH) * levels->worth[first_row + row];
+            add_bias(place, sums[row]);
+        }
+        keep(place, row, sums[row]);
     }
 }
 
@@ -260,17 +305,19 @@ INLINE void nibbles_tile(const int count, const Place *place, const Levels *leve
                          const uint8_t *panel, const uint16_t *scales) {
     const int64_t inputs = levels->inputs, groups = inputs / GROUP;
     const int16_t *rows = levels->levels + first_row * inputs;
-    floats sums[MOST_ROWS][VECTORS] = {0};
-    for (int64_t group = 0; group < groups; group++) {
+    Later later = place->later;
+    floats sums[MOST_ROWS][VECTORS];
+    UNROLL for (int row = 0; row < count; row++) resume(place, row, sums[row]);
+    for (int64_t group = place->begin / GROUP; group < place->end / GROUP; group++) {
         Sums partial[MOST_ROWS] = {0};
         for (int four = 0; four < GROUP / 4; four++) {
             const int64_t input = group * GROUP + 4 * four;
             Pair low, high;
-            fetch(panel + input / 4 * 2 * PANEL, 2 * PANEL);
+            fetch(&later);
             nibbles_pairs(panel + input / 4 * 2 * PANEL, &low, &high);
             UNROLL for (int row = 0; row < count; row++) {
-                add_products(&partial[row], &low, rows + row * inputs + input);
-                add_products(&partial[row], &high, rows + row * inputs + input + 2);
+                add_products(&partial[row], &low, rows + input * count + 2 * row);
+                add_products(&partial[row], &high, rows + (input + 2) * count + 2 * row);
             }
         }
         floats scale[VECTORS], zero[VECTORS];
@@ -287,67 +334,97 @@ INLINE void nibbles_tile(const int count, const Place *place, const Levels *leve
         }
     }
     UNROLL for (int row = 0; row < count; row++) {
-        UNROLL for (int v = 0; v < VECTORS; v++) sums[row][v] *= levels->worth[first_row + row];
-        finish(place, row, sums[row]);
+        if (is_last(place, inputs)) {
+            UNROLL for (int v = 0; v < VECTORS; v++) sums[row][v] *= levels->worth[first_row + row];
+            add_bias(place, sums[row]);
+        }
+        keep(place, row, sums[row]);
     }
 }
 
 /* ---- */
 
-/* One panel for `count` rows, a constant where this is called. */
-INLINE void tile(const int count, const Place *place, const float *rows, const Levels *levels, int64_t first_row) {
-    const Linear *linear = place->linear;
-    const int64_t panel = place->first / PANEL;
-    if (linear->kind == FLOATS) {
-        const int64_t inputs = linear->inputs;
-        floats_tile(count, place, rows + first_row * inputs, (const float *)linear->weight + panel * inputs * PANEL);
-    } else if (linear->kind == BYTES) {
-        const int8_t *weight = (const int8_t *)linear->weight + panel * levels->inputs * PANEL;
-        bytes_tile(count, place, levels, first_row, weight);
-    } else {
-        const uint8_t *weight = (const uint8_t *)linear->weight + panel * levels->inputs / 2 * PANEL;
-        const uint16_t *scales = (const uint16_t *)linear->scale + panel * (levels->inputs / GROUP) * 2 * PANEL;
-        nibbles_tile(count, place, levels, first_row, weight, scales);
-    }
+/* How a panel lies in memory. */
+typedef struct {
+    const char *panel;
+    int64_t inputs;
+    int64_t bytes, of_inputs; /* that are read at a time, and of how many inputs */
+} Lie;
+
+INLINE Lie lie_of(const Linear *linear, const Levels *levels, int64_t panel) {
+    const int64_t inputs = linear->kind == FLOATS ? linear->inputs : levels->inputs;
+    const int64_t bytes = linear->kind == FLOATS ? PANEL * sizeof(float) : 2 * PANEL;
+    const int64_t of_inputs = linear->kind == FLOATS ? 1 : linear->kind == BYTES ? 2 : 4;
+    return (Lie){(const char *)linear->weight + panel * (inputs / of_inputs) * bytes, inputs, bytes, of_inputs};
 }
 
-/* So many rows now, a constant for the compiler; what is left comes next. The panel is then in a cache. */
-#define IF_AT_LEAST(number)                           \
-    if (count - row >= number) {                      \
-        tile(number, &place, rows, levels, row);      \
-        row += number;                                \
-        continue;                                     \
-    }
+/* A panel and `count` rows, a constant where this is called. */
+INLINE void tile(const int count, const Place *place, const Lie *lie, const float *rows, const Levels *levels,
+                 int64_t row) {
+    const Linear *linear = place->linear;
+    if (linear->kind == FLOATS)
+        floats_tile(count, place, rows + row * linear->inputs, (const float *)lie->panel);
+    else if (linear->kind == BYTES)
+        bytes_tile(count, place, levels, row, (const int8_t *)lie->panel);
+    else
+        nibbles_tile(count, place, levels, row, (const uint8_t *)lie->panel,
+                     (const uint16_t *)linear->scale + place->first / PANEL * (lie->inputs / GROUP) * 2 * PANEL);
+}
+
+/* A few rows ask for what they need themselves. Many ask for the next block, each for its share. */
+INLINE Later later_of(int64_t begin, int64_t end, const Lie *lie, int64_t row, int64_t count, int64_t rows) {
+    if (rows <= MOST_ROWS) return (Later){lie->panel + AHEAD, lie->bytes};
+    const int64_t size = (end - begin) / lie->of_inputs * lie->bytes;
+    const char *next = lie->panel + end / lie->of_inputs * lie->bytes;
+    return (Later){next + size * row / rows, lie->bytes * count / rows};
+}
 
 static void multiply_panel(const Linear *linear, int64_t panel, const float *rows, const Levels *levels, int64_t count,
                            float *product) {
     const int64_t first = panel * PANEL;
-    for (int64_t row = 0; row < count;) {
-        const Place place = {linear, first, linear->outputs - first, product + row * linear->outputs};
+    const Lie lie = lie_of(linear, levels, panel);
+    const int64_t block = count <= MOST_ROWS ? lie.inputs : BLOCK_BYTES / lie.bytes * lie.of_inputs;
+    for (int64_t begin = 0; begin < lie.inputs; begin += block)
+        for (int64_t row = 0; row < count;) {
+            const int64_t in_tile = rows_of_tile(count - row);
+            const Place place = {
+                .linear = linear, .first = first, .outputs = linear->outputs - first,
+                .begin = begin, .end = least(begin + block, lie.inputs),
+                .product = product + row * linear->outputs,
+                .later = later_of(begin, least(begin + block, lie.inputs), &lie, row, in_tile, count),
+            };
+            switch (in_tile) {
+#define CASE(number) case number: tile(number, &place, &lie, rows, levels, row); break;
 #if MOST_ROWS >= 12
-        IF_AT_LEAST(12)
-        IF_AT_LEAST(8)
-        IF_AT_LEAST(6)
-        IF_AT_LEAST(4)
+                CASE(12) CASE(8) CASE(6) CASE(4)
 #endif
 #if MOST_ROWS >= 3
-        IF_AT_LEAST(3)
+                CASE(3)
 #endif
-        IF_AT_LEAST(2)
-        IF_AT_LEAST(1)
-    }
+                CASE(2) CASE(1)
+#undef CASE
+            }
+            row += in_tile;
+        }
 }
 
 int swarm_linear(const Linear *linear, const float *rows, int64_t count, float *product, int32_t threads) {
     Levels levels = {0};
+    float *laid_out = NULL;
     if (linear->kind != FLOATS) {
         const int nibbles = linear->kind == NIBBLES;
         if (split_rows(&levels, rows, count, linear->inputs, nibbles ? GROUP : 2, nibbles)) return 1;
+    } else if (count > 1) {
+        laid_out = malloc(count * linear->inputs * sizeof *laid_out);
+        if (!laid_out) return 1;
+        lay_out_rows(rows, count, linear->inputs, laid_out);
+        rows = laid_out;
     }
     const int64_t panels = (linear->outputs + PANEL - 1) / PANEL;
     (void)threads;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t panel = 0; panel < panels; panel++) multiply_panel(linear, panel, rows, &levels, count, product);
+    free(laid_out);
     free(levels.levels);
     return 0;
 }

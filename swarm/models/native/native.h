@@ -44,19 +44,22 @@ typedef struct {
     int32_t heads, key_heads, size;
     int32_t rotates;
     float scaling;
-    /* Which of the step's views it has. */
-    int32_t view;
+    /* A position looks at so many, itself included. 0: at all before it. */
+    int32_t window;
     /* float [key_heads, slots, size] */
     float *keys, *values;
     int64_t slots;
 } Block;
 
-/* What the positions of a step look at: slots, in stretches [begin, end). */
+/* Rows of a step that are neighbouring positions of one sequence. */
 typedef struct {
-    const int64_t *stretches;
-    /* [rows + 1]: those of a row begin here, and end where those of the next begin */
-    const int64_t *begins;
-} View;
+    int64_t first_row, rows;
+    /* Positions of the sequence before them. */
+    int64_t before;
+    /* Slots [begin, end), run by run, where the keys and values of all its positions stand, those of these rows last. */
+    const int64_t *runs;
+    int64_t run_count;
+} Sequence;
 
 typedef struct {
     int64_t rows, hidden;
@@ -67,8 +70,16 @@ typedef struct {
     const int64_t *positions;
     /* [rows]: where keys and values are written */
     const int64_t *slots;
-    const View *views;
+    /* All rows belong to one of these. */
+    const Sequence *sequences;
+    int64_t sequence_count;
 } Step;
+
+/* Attention of a block whose keys and values have been written: of queries [rows, heads, size], a row of which begins
+   `stride` floats after the one before, to float [rows, heads, size]. `places`: of each sequence the slots of all its
+   positions. Not 0: no memory. */
+int swarm_attend(const Block *block, const Step *step, const int64_t *const *places, const float *queries,
+                 int64_t stride, float *to, int32_t threads);
 
 /* Run `count` blocks, one after another. Not 0: no memory. */
 int swarm_blocks(const Block *blocks, int64_t count, const Step *step, int32_t threads);
