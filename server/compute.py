@@ -32,7 +32,11 @@ class _Job:
 
 
 class ComputeThread:
-    """Runs functions one after another, in the order that :mod:`swarm.server.schedule` gives them."""
+    """Runs functions one after another, in the order that :mod:`swarm.server.schedule` gives them.
+
+    Attributes:
+        last_short_at: when short steps ran last (``time.monotonic()``).
+    """
 
     def __init__(self, threads: int | None = None) -> None:
         """Called in the thread of the event loop, to which torch is left with one core from now on: where it divides a
@@ -49,6 +53,7 @@ class ComputeThread:
         self._stopped = False
         self._experts_s = 0.0
         self._company, self._patience_s = 1, 0.0
+        self.last_short_at = float("-inf")
         self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
         self._thread.start()
 
@@ -101,17 +106,19 @@ class ComputeThread:
 
     def _work(self) -> None:
         _use_threads(self._threads)
-        after_short = False
-        while jobs := self._next(after_short):
-            after_short = jobs[0].waiting.is_short
+        owed_s = 0.0
+        while jobs := self._next(prompts_first=owed_s > 0):
             begun, self._experts_s = time.perf_counter(), 0.0
             try:
                 results = jobs[0].run([job.work for job in jobs])
             except BaseException as error:
                 results = [error] * len(jobs)
             took_s = time.perf_counter() - begun
-            if after_short:
+            if jobs[0].waiting.is_short:
+                owed_s, self.last_short_at = took_s, time.monotonic()
                 self._company, self._patience_s = len(jobs), _PATIENCE * took_s
+            else:
+                owed_s -= took_s
             spent = [Spent(begun - job.submitted, took_s, self._experts_s, len(jobs)) for job in jobs]
             told = [
                 (job.future, result if isinstance(result, BaseException) else (result, how_long))
@@ -119,7 +126,7 @@ class ComputeThread:
             ]
             _tell(told)
 
-    def _next(self, after_short: bool) -> list[_Job]:
+    def _next(self, *, prompts_first: bool) -> list[_Job]:
         """Wait for jobs, and take those to run now; none if the thread is to end."""
         with self._changed:
             while not self._stopped:
@@ -130,7 +137,7 @@ class ComputeThread:
                     self._wait_for_company()
                 self._jobs = [job for job in self._jobs if not job.future.cancelled()]
                 if self._jobs:
-                    chosen = choose([job.waiting for job in self._jobs], after_short=after_short)
+                    chosen = choose([job.waiting for job in self._jobs], prompts_first=prompts_first)
                     jobs = [self._jobs[index] for index in chosen]
                     self._jobs = [job for job in self._jobs if job not in jobs]
                     return jobs

@@ -1,9 +1,10 @@
 """Decide what the device does next. Pure: what waits in, what to run out.
 
 Steps of a position or a few (decode, short prompts) of all sessions run as one batch: the weights are read once for all
-of them. Where such steps and pieces of long prompts (prefill) wait for one another, they take turns, so that nobody's
-token waits for more than one piece of somebody's prompt. What can wait (work for a standby) runs when nothing else is
-there. Within each kind, first come, first served; as a session has one step here at a time, that is fair.
+of them. Where such steps and pieces of long prompts (prefill) wait for one another, they take turns: after a batch of
+tokens, prompts have as much time as it took, and one piece at least (a piece that is known already takes next to none).
+What can wait (work for a standby) runs when nothing else is there. Within each kind, first come, first served; as a
+session has one step here at a time, that is fair.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ class Waiting:
         return self.group is not None and self.positions <= MAX_SHORT
 
 
-def choose(waiting: Sequence[Waiting], *, after_short: bool) -> list[int]:
+def choose(waiting: Sequence[Waiting], *, prompts_first: bool) -> list[int]:
     """The indices of what to run now: one, or several as one batch.
 
     Args:
         waiting: in the order in which they came; not empty.
-        after_short: what ran last began with a short step.
+        prompts_first: it is not the turn of short steps.
 
     Returns:
         What it is done for first, and then what runs with it.
@@ -47,7 +48,7 @@ def choose(waiting: Sequence[Waiting], *, after_short: bool) -> list[int]:
     candidates = urgent or list(range(len(waiting)))
     short = [index for index in candidates if waiting[index].is_short]
     long = [index for index in candidates if not waiting[index].is_short]
-    first, *others = long + short if not short or (long and after_short) else short + long
+    first, *others = long + short if not short or (long and prompts_first) else short + long
     chosen, positions = [first], waiting[first].positions
     for index in others if waiting[first].group is not None else ():
         same = waiting[index].group == waiting[first].group

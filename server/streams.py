@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -53,6 +54,10 @@ _OPEN_TIMEOUT_S = 30.0
 _MAX_UNREAD_BYTES = 256 * 1024 * 1024
 """A client that leaves more than this unread loses its session."""
 _BUSY_FOR_S = 3.0
+PART = 32
+"""Positions of a prompt's piece that run at once while others' tokens come."""
+_TOKENS_COME_FOR_S = 0.25
+"""So long after the last one, the next is expected."""
 _GRACE_S = 2.0
 """Experts are waited for so long, once in a session, before one that allows it goes on without them."""
 _TASK_FAILURES = (OSError, TimeoutError)
@@ -177,14 +182,38 @@ class StreamServer:
         begun.add_done_callback(self._step_ended)
         return begun
 
+    def parts(self, held: HeldSession, work: Work) -> list[Work]:
+        """What to run `work` as: while others' tokens come, in parts, between which theirs can run."""
+        others_come = time.monotonic() - self.compute.last_short_at < _TOKENS_COME_FOR_S
+        batch = work.hidden_states.shape[0]
+        return work.split(max(1, PART // batch)) if others_come and held.group(work) is not None else [work]
+
     async def complete(
-        self, table: SessionTable, held: HeldSession, work: Work, begun: asyncio.Future[tuple[torch.Tensor, Spent]]
+        self,
+        table: SessionTable,
+        held: HeldSession,
+        parts: Sequence[Work],
+        begun: asyncio.Future[tuple[torch.Tensor, Spent]],
+        *,
+        can_wait: bool,
     ) -> tuple[torch.Tensor, Spent]:
-        """The result of what was begun; if it lacks experts, it is begun again when they have come, or without them.
+        """The result of `parts`, of which the first was begun.
 
         Raises:
             RemoteError: to be sent to the client.
         """
+        output, spent = await self._complete(table, held, parts[0], begun)
+        outputs = [output]
+        for part in parts[1:]:
+            output, more = await self._complete(table, held, part, self.begin(table, held, part, can_wait=can_wait))
+            outputs.append(output)
+            spent = spent.and_then(more)
+        return torch.cat(outputs, dim=1) if len(outputs) > 1 else output, spent
+
+    async def _complete(
+        self, table: SessionTable, held: HeldSession, work: Work, begun: asyncio.Future[tuple[torch.Tensor, Spent]]
+    ) -> tuple[torch.Tensor, Spent]:
+        """The result of what was begun; if it lacks experts, it is begun again when they have come, or without them."""
         until = time.monotonic() + self._experts_deadline_s
         try:
             while True:
@@ -356,17 +385,20 @@ class SessionStream:
         """Begin at once: every turn of the event loop between a message and the device is time that a token takes."""
         assert self._session is not None and self._tasks is not None
         assert self._held is not None and self._table is not None
+        parts, can_wait = self._server.parts(self._held, work), self._session.standby
         try:
-            begun = self._server.begin(self._table, self._held, work, can_wait=self._session.standby)
+            begun = self._server.begin(self._table, self._held, parts[0], can_wait=can_wait)
         except RemoteError as error:
             self._act(self._session.failed(error))
         else:
-            self._computing = (begun, self._tasks.create_task(self._send_result(work, begun)))
+            self._computing = (begun, self._tasks.create_task(self._send_result(parts, begun, can_wait)))
 
-    async def _send_result(self, work: Work, begun: asyncio.Future[tuple[torch.Tensor, Spent]]) -> None:
+    async def _send_result(
+        self, parts: Sequence[Work], begun: asyncio.Future[tuple[torch.Tensor, Spent]], can_wait: bool
+    ) -> None:
         assert self._session is not None and self._table is not None and self._held is not None
         try:
-            output, spent = await self._server.complete(self._table, self._held, work, begun)
+            output, spent = await self._server.complete(self._table, self._held, parts, begun, can_wait=can_wait)
         except RemoteError as error:
             actions = self._session.failed(error)
         else:

@@ -142,5 +142,5 @@ def test_long_prompts_run_alone(table: tuple[SessionTable, Counting]) -> None:
 
 def test_a_batch_holds_no_more_positions_than_a_piece_of_a_prompt() -> None:
     tokens, prompts = [Waiting(1, "all")] * 10, [Waiting(30, "all")] * 3
-    assert choose([*tokens, *prompts], after_short=False) == [*range(10), 10]
-    assert choose([*prompts, *tokens], after_short=True) == [0, 1, *range(3, 7)]
+    assert choose([*tokens, *prompts], prompts_first=False) == [*range(10), 10]
+    assert choose([*prompts, *tokens], prompts_first=True) == [0, 1, *range(3, 7)]

@@ -19,8 +19,8 @@ PROMPT, TOKEN = Waiting(), Waiting(group="all")
 
 @given(st.lists(WORKS, min_size=1, max_size=30), st.booleans())
 @quick
-def test_what_is_chosen_can_run_as_one_batch(waiting: list[Waiting], after_short: bool) -> None:
-    chosen = choose(waiting, after_short=after_short)
+def test_what_is_chosen_can_run_as_one_batch(waiting: list[Waiting], prompts_first: bool) -> None:
+    chosen = choose(waiting, prompts_first=prompts_first)
     assert chosen and len(chosen) == len(set(chosen))
     works = [waiting[index] for index in chosen]
     assert len({work.group for work in works}) == 1
@@ -38,10 +38,10 @@ def test_everybody_has_a_turn_however_many_come_after(waiting: list[Waiting], la
         return
     queue = [(work, work is mine) for work in waiting]
     arriving = iter(later)
-    after_short, turns = False, 0
+    prompts_first, turns = False, 0
     while any(is_mine for _, is_mine in queue):
-        chosen = choose([work for work, _ in queue], after_short=after_short)
-        after_short = queue[chosen[0]][0].is_short
+        chosen = choose([work for work, _ in queue], prompts_first=prompts_first)
+        prompts_first = queue[chosen[0]][0].is_short
         queue = [one for index, one in enumerate(queue) if index not in chosen]
         queue += [(work, False) for work in [next(arriving, None)] if work is not None]
         turns += 1
@@ -49,30 +49,30 @@ def test_everybody_has_a_turn_however_many_come_after(waiting: list[Waiting], la
 
 
 def test_all_tokens_run_together() -> None:
-    assert choose([TOKEN] * 5, after_short=True) == [0, 1, 2, 3, 4]
+    assert choose([TOKEN] * 5, prompts_first=True) == [0, 1, 2, 3, 4]
 
 
 def test_tokens_go_first_and_then_take_turns_with_prompts() -> None:
-    assert choose([PROMPT, TOKEN, PROMPT, TOKEN], after_short=False) == [1, 3]
-    assert choose([PROMPT, TOKEN, PROMPT, TOKEN], after_short=True) == [0]
-    assert choose([PROMPT, PROMPT], after_short=False) == [0]
+    assert choose([PROMPT, TOKEN, PROMPT, TOKEN], prompts_first=False) == [1, 3]
+    assert choose([PROMPT, TOKEN, PROMPT, TOKEN], prompts_first=True) == [0]
+    assert choose([PROMPT, PROMPT], prompts_first=False) == [0]
 
 
 def test_what_can_wait_waits_and_runs_together_when_nothing_else_is_there() -> None:
     idle = Waiting(group="all", can_wait=True)
-    assert choose([idle, PROMPT, idle], after_short=True) == [1]
-    assert choose([idle, idle], after_short=True) == [0, 1]
+    assert choose([idle, PROMPT, idle], prompts_first=True) == [1]
+    assert choose([idle, idle], prompts_first=True) == [0, 1]
 
 
 def test_a_batch_that_is_too_large_alone_still_runs() -> None:
     beams = Waiting(positions=MAX_TOGETHER + 1, group="all")
-    assert choose([beams], after_short=False) == choose([beams, TOKEN], after_short=True) == [0]
-    assert choose([TOKEN, beams, TOKEN], after_short=False) == [0, 2]
+    assert choose([beams], prompts_first=False) == choose([beams, TOKEN], prompts_first=True) == [0]
+    assert choose([TOKEN, beams, TOKEN], prompts_first=False) == [0, 2]
 
 
 def test_prompts_that_could_run_together_with_tokens_take_turns_with_them() -> None:
     piece = Waiting(positions=MAX_TOGETHER, group="all")
-    assert choose([piece, piece, TOKEN, TOKEN], after_short=False) == [2, 3]
-    assert choose([piece, piece, TOKEN, TOKEN], after_short=True) == [0]
+    assert choose([piece, piece, TOKEN, TOKEN], prompts_first=False) == [2, 3]
+    assert choose([piece, piece, TOKEN, TOKEN], prompts_first=True) == [0]
     end = Waiting(positions=MAX_TOGETHER - 2, group="all")
-    assert choose([end, TOKEN, piece, TOKEN, TOKEN], after_short=True) == [0, 1, 3]
+    assert choose([end, TOKEN, piece, TOKEN, TOKEN], prompts_first=True) == [0, 1, 3]

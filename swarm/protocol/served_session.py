@@ -64,6 +64,19 @@ class Work:
     mask: torch.Tensor | None
     source: Step | Replay = field(repr=False)
 
+    def split(self, count: int) -> list[Work]:
+        """The same in parts of at most `count` positions per sequence, one to be run after the other."""
+        parts = []
+        for begin in range(0, self.hidden_states.shape[1], count):
+            states, ids, mask = (
+                tensor[:, begin : begin + count] if tensor is not None else None
+                for tensor in (self.hidden_states, self.position_ids, self.mask)
+            )
+            assert states is not None
+            reorder = self.reorder if begin == 0 else None
+            parts.append(Work(self.position + begin, reorder, states, ids, mask, self.source))
+        return parts
+
 
 @dataclass(frozen=True)
 class Compute:
@@ -80,6 +93,15 @@ class Spent:
     compute_s: float = 0.0
     experts_s: float = 0.0
     together: int = 1
+
+    def and_then(self, other: Spent) -> Spent:
+        """On both, one after the other."""
+        return Spent(
+            self.queue_s + other.queue_s,
+            self.compute_s + other.compute_s,
+            self.experts_s + other.experts_s,
+            max(self.together, other.together),
+        )
 
 
 NOTHING_SPENT = Spent()
