@@ -26,10 +26,13 @@ from swarm.commands.local_swarm import LocalSwarm
 from swarm.errors import DiskError, InsufficientMemory
 from swarm.models import Span, load_span, open_checkpoint
 from swarm.models.block_files import BlockFile, BlockKey, open_block, write_block
+from swarm.models.compiled_blocks import CompiledBlocks
+from swarm.models.fast_blocks import fuse_projections
+from swarm.models.file_form import FileForm
 from swarm.models.offload import spread
 from swarm.models.paged_cache import PagePool
 from swarm.models.together import way_together
-from swarm.models.weight_layout import lay_out_span
+from swarm.models.weight_layout import Layout, lay_out_span
 from swarm.server.plan import MIB, PROCESS_BYTES, WORKING_BYTES, make_plan
 from swarm.server.preparation import prepare
 from swarm.server.settings import ServerSettings
@@ -56,10 +59,19 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def load(directory: Path | str, offloaded: int, start: int = 0, end: int = BLOCKS, **options: Any) -> Span:
-    """A span as a server has it: kernels add up in another order if memory is not aligned as it is there."""
+    """A span as a server has it."""
     checkpoint = open_checkpoint(directory)
     span = load_span(checkpoint, start, end, dtype=torch.float32, offloaded_blocks=offloaded, **options)
-    lay_out_span(span, checkpoint.hidden_size)
+    return laid_out(span, checkpoint.hidden_size, options.get("quantization"))
+
+
+def laid_out(span: Span, hidden_size: int, quantization: str | None = None) -> Span:
+    """Kernels add up in another order if weights do not lie in memory as they do in files."""
+    staying = list(span.staying_layers())
+    form = FileForm.best_for(staying, span.dtype, span.device, quantization)
+    for layer in staying if quantization is None else ():
+        form.give_to(layer)
+    lay_out_span(span, hidden_size)
     return span
 
 
@@ -104,6 +116,26 @@ def test_8_bit_weights_can_be_offloaded(family: str, first_start: bool, tmp_path
     exact = load(tmp_path / "model", 3)
     assert len(files_in(home)) == 6  # both precisions have files of their own
     assert not torch.equal(outputs(exact)[0], found[0])
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_blocks_on_disk_run_in_compiled_code_too(quantization: str | None, tiny: Path, home: Path) -> None:
+    found = []
+    for offloaded in (0, 3):
+        span = load_span(open_checkpoint(tiny), 0, 4, dtype=torch.float32, quantization=quantization,
+                         offloaded_blocks=offloaded)  # fmt: skip
+        form = FileForm.best_for(list(span.staying_layers()), span.dtype, span.device, quantization)
+        assert form.for_compiled_code
+        fuse_projections(span)
+        lay_out_span(span, 64, lambda linears: {linear.weight.shape: Layout.PANELS for linear in linears})
+        way = CompiledBlocks.of(span)
+        assert way is not None and way_together(span, 64, way) is way
+        cache = PagePool.for_span(span, 64, pages=2).new_cache(0, 4, 24)
+        random = torch.Generator().manual_seed(0)
+        for part in (span, span, span.part(1, 3)):
+            cache.roll_back(5)
+            found.append(way.forward(part, [(torch.randn(1, 5, 64, generator=random), cache, None)])[0])
+    assert_same(found[:3], found[3:])
 
 
 def test_bfloat16_blocks_take_half_the_disk(tiny: Path, home: Path) -> None:
@@ -151,9 +183,9 @@ def test_a_file_gives_back_every_tensor_in_the_order_asked_for(transposed: set[t
 
 def test_blocks_are_in_memory_only_while_they_are_needed(tiny: Path, home: Path) -> None:
     span = load(tiny, 3)
-    assert span.offloaded == {1, 2, 3} and span.part(0, 2).offloaded == {1}
+    assert span.offloaded.keys() == {1, 2, 3} and span.part(0, 2).offloaded.keys() == {1}
     whole = load(tiny, 0)
-    assert whole.offloaded == frozenset()
+    assert not whole.offloaded
     assert span.weight_bytes * 4 == whole.weight_bytes
 
 
@@ -230,8 +262,7 @@ def test_the_next_start_uses_the_files_and_reads_no_offloaded_block_of_the_check
     checkpoint.files.lazy_state_dict = listening  # type: ignore[method-assign]
     elements: list[int] = []
     span = load_span(checkpoint, 0, 4, dtype=torch.float32, offloaded_blocks=3, on_elements=elements.append)
-    lay_out_span(span, checkpoint.hidden_size)
-    assert_same(outputs(span), expected)
+    assert_same(outputs(laid_out(span, checkpoint.hidden_size)), expected)
     assert {path: path.stat().st_mtime_ns for path in files_in(home)} == before
     assert read and all(name.startswith("model.layers.0.") for name in read)
     assert sum(elements) == sum(checkpoint.block_elements(block) for block in range(4))

@@ -38,7 +38,7 @@ class CompiledBlocks:
     @classmethod
     def of(cls, span: Span) -> CompiledBlocks | None:
         """For all blocks of `span` and every part of it; None: that cannot be."""
-        if span.dtype is not torch.float32 or span.device.type != "cpu" or span.offloaded:
+        if span.dtype is not torch.float32 or span.device.type != "cpu":
             return None
         compiled = [_Compiled.of(block) for block in blocks_of(span) or ()]
         whole = [block for block in compiled if block is not None]
@@ -57,16 +57,35 @@ class CompiledBlocks:
         sequences, _runs = _sequences(caches)
         first = span.start - caches[0].pool.first_layer
         cos, sin, positions = self._rotations.of(states, position_ids)
-        blocks = (native.Block * (span.end - span.start))(
-            *(self._blocks[first + index].structure(caches[0].pool) for index in range(span.end - span.start))
-        )
+        blocks = [self._blocks[first + index].structure(caches[0].pool) for index in range(span.end - span.start)]
         step = native.Step(
             len(states), hidden, states.data_ptr(), cos.data_ptr(), sin.data_ptr(), positions.data_ptr(),
             slots.data_ptr(), sequences, len(sequences),
         )  # fmt: skip
-        needed().blocks(blocks, step, torch.get_num_threads())
+        _run(span, blocks, step)
         outputs = states.split([states.shape[:2].numel() for states, _, _ in steps])
         return [output.view_as(states) for output, (states, _, _) in zip(outputs, steps, strict=True)]
+
+
+def _run(span: Span, blocks: Sequence[native.Block], step: native.Step) -> None:
+    """Those that are read from disk each by itself, and the others in as few calls as can be."""
+    waiting: list[native.Block] = []
+
+    def run_waiting() -> None:
+        if waiting:
+            needed().blocks((native.Block * len(waiting))(*waiting), step, torch.get_num_threads())
+            waiting.clear()
+
+    for number, block in enumerate(blocks, start=span.start):
+        stream = span.offloaded.get(number)
+        if stream is not None:
+            run_waiting()
+            stream.fetch(number)
+        waiting.append(block)
+        if stream is not None:
+            run_waiting()
+            stream.let_go()
+    run_waiting()
 
 
 class _Compiled:

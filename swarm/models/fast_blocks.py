@@ -1,9 +1,8 @@
 """Short steps of blocks built as Llama's, without what a transformers layer does around every operation.
 
-A block is Llama's if it is built of the same parts: RMS norms before attention and before a gated MLP, rotary
-embeddings over whole heads, grouped queries (Llama, Mistral, Qwen 2 and 3, SmolLM 3, …). Query, key and value are one
-multiplication, gate and up another; attention reads keys and values from their pages, without a copy where these are
-neighbours. Whether the result is that of the family's own code is tried when a server loads
+Query, key and value are one multiplication, gate and up another; attention reads keys and values from their pages,
+without a copy where these are neighbours. For families with rotary embeddings over whole heads and grouped queries.
+Whether the result is that of the family's own code is tried when a server loads
 (:func:`swarm.models.together.way_together`).
 """
 
@@ -15,20 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from swarm.models.fused_linear import FusedLinear, PartOfFused, fuse_in_place
+from swarm.models.fused_linear import FusedLinear, PartOfFused
+from swarm.models.llama_blocks import fuse_projections_of, is_like_llama
 from swarm.models.paged_cache import PagedCache
 from swarm.models.span import Span
 from swarm.models.steps import Steps, begin_together
 
-_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
-_HEAD_NORMS = {"q_norm", "k_norm"}
-_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-
 
 def blocks_of(span: Span) -> list[Block] | None:
     """The blocks of `span`, if all are built as Llama's, with their projections fused."""
-    if not hasattr(span.base, "rotary_emb") or not all(_is_like_llama(layer) for layer in span.layers):
+    if not hasattr(span.base, "rotary_emb") or not all(is_like_llama(layer) for layer in span.layers):
         return None
     if not all(isinstance(part, PartOfFused) for layer in span.layers for part in _fused_parts(layer)):
         return None
@@ -38,12 +33,11 @@ def blocks_of(span: Span) -> list[Block] | None:
 def fuse_projections(span: Span) -> None:
     """Make, in place, query, key and value one layer, and gate and up one, where blocks are built as Llama's.
 
-    Blocks that are read from disk are left alone.
+    Blocks that are read from disk are left as they are in their files.
     """
     for layer in span.staying_layers():
-        if _is_like_llama(layer):
-            fuse_in_place(layer.self_attn, ["q_proj", "k_proj", "v_proj"])
-            fuse_in_place(layer.mlp, ["gate_proj", "up_proj"])
+        if is_like_llama(layer):
+            fuse_projections_of(layer)
 
 
 class FastBlocks:
@@ -249,18 +243,3 @@ class Block:
 
 def _fused_parts(layer: nn.Module) -> list[nn.Module]:
     return [layer.self_attn.q_proj, layer.mlp.gate_proj]
-
-
-def _is_like_llama(layer: nn.Module) -> bool:
-    children = {name: child for name, child in layer.named_children()}
-    if children.keys() != _LAYER:
-        return False
-    attention = {name for name, _ in children["self_attn"].named_children()}
-    norms = [children["input_layernorm"], children["post_attention_layernorm"]]
-    norms += [getattr(children["self_attn"], name) for name in attention & _HEAD_NORMS]
-    return (
-        attention in (_ATTENTION, _ATTENTION | _HEAD_NORMS)
-        and {name for name, _ in children["mlp"].named_children()} == _MLP
-        and all(hasattr(norm, "variance_epsilon") for norm in norms)
-        and all(hasattr(children["self_attn"], name) for name in ("config", "head_dim", "scaling"))
-    )

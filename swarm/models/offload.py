@@ -61,11 +61,11 @@ def blocks_on_disk(
         for block in missing:
             layer = load(block)
             if not written:
-                tensors = layer.state_dict().values()
-                prepare_directory(len(missing) * sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+                sizes = [tensor.numel() * tensor.element_size() for tensor in _tensors_of(layer).values()]
+                prepare_directory(len(missing) * sum(sizes))
             if transposed is None:
                 transposed = shapes_faster_transposed(layer, len(keys))
-            written.append(write_block(keys[block], layer.state_dict(), transposed))
+            written.append(write_block(keys[block], _tensors_of(layer), transposed))
             del layer
             file = open_block(keys[block])
             if file is None:
@@ -251,6 +251,12 @@ class _CudaWindow:
 
     def end(self, place: int) -> None:
         self._computed[place].record(torch.cuda.current_stream(self._device))
+
+
+def _tensors_of(layer: nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint has of it, each tensor once, although modules may be parts of several others."""
+    once = dict(layer.named_parameters()) | dict(layer.named_buffers())
+    return {name: tensor for name, tensor in layer.state_dict().items() if name in once}
 
 
 def _replace(layer: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -16,9 +16,10 @@ from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 from swarm.models.block_files import BlockFile, BlockKey
 from swarm.models.checkpoint import Checkpoint
 from swarm.models.experts.splitting import RoutedTables, cut_experts, route_experts, select
+from swarm.models.file_form import FileForm
 from swarm.models.loading import load_part, make_skeleton
 from swarm.models.offload import WINDOW_BLOCKS, BlockStream, blocks_on_disk, spread
-from swarm.models.quantization import QUANTIZED_LINEARS, form_in_files, quantize_linears
+from swarm.models.quantization import QUANTIZED_LINEARS, quantize_linears
 from swarm.models.surgery import NumberedLayers, find_base, keep_only_layers
 
 
@@ -76,9 +77,9 @@ class Span:
     base: PreTrainedModel
     layers: tuple[nn.Module, ...]
     _whole_config: PretrainedConfig
-    offloaded: frozenset[int] = frozenset()
-    """Blocks whose weights are in memory only while their layer is called (:mod:`swarm.models.offload`): nothing may
-    hold on to them, or compute with them in another way."""
+    offloaded: Mapping[int, BlockStream] = field(default_factory=dict, hash=False)
+    """What brings the weights of blocks that are in memory only while they run (:mod:`swarm.models.offload`). Their
+    layers ask for them when they are called; whoever runs such a block in another way does."""
 
     @classmethod
     def over(
@@ -87,7 +88,7 @@ class Span:
         layers: Sequence[nn.Module],
         start: int,
         config: PretrainedConfig,
-        offloaded: frozenset[int] = frozenset(),
+        offloaded: Mapping[int, BlockStream] = MappingProxyType({}),
     ) -> Span:
         """A span that runs just `layers`, which are `start` and following of the model that `config` describes.
 
@@ -100,7 +101,8 @@ class Span:
             for name, child in base._modules.items()
         }
         shell.config = _cut_config(config, start, end)
-        return cls(start, end, shell, tuple(layers), config, offloaded & frozenset(range(start, end)))
+        here = {block: stream for block, stream in offloaded.items() if start <= block < end}
+        return cls(start, end, shell, tuple(layers), config, here)
 
     @cached_property  # transformers looks at every parameter until it finds one that tells
     def dtype(self) -> torch.dtype:
@@ -260,25 +262,41 @@ def load_span(
     config.tie_word_embeddings = False  # there is neither an embedding nor a head here
 
     def load(
-        first: int, last: int, where: torch.device | str, *, for_file: bool = False
+        first: int, last: int, where: torch.device | str, form: FileForm | None = None
     ) -> tuple[PreTrainedModel, list[nn.Module]]:
         base, layers = _load_layers(checkpoint, config, first, last, dtype, where, routed, on_elements)
-        for layer in layers if quantization is not None else []:
-            quantize_linears(layer, quantization, for_file=for_file)
+        for layer in layers:
+            if form is not None:
+                form.give_to(layer)
+            elif quantization is not None:
+                quantize_linears(layer, quantization)
         return base, layers
-
-    def load_for_file(block: int) -> nn.Module:
-        return load(block, block + 1, "cpu", for_file=True)[1][0]
 
     offloaded = spread(start, end, offloaded_blocks)
     layers: dict[int, nn.Module] = dict(reuse)
+    stream: BlockStream | None = None
     if offloaded:  # first, while there is memory for a block as it was
-        files = _files_of(checkpoint, sorted(offloaded), dtype, quantization, load_for_file, on_elements)
-        layers = _streamed_layers(config, files, quantization, window_blocks, torch.device(device))
+        layers = _layers_without_weights(config, offloaded)
+        form = FileForm.best_for(layers.values(), dtype, torch.device(device), quantization)
+
+        def load_for_file(block: int) -> nn.Module:
+            return load(block, block + 1, "cpu", form)[1][0]
+
+        files = _files_of(checkpoint, sorted(offloaded), dtype, form, load_for_file, on_elements)
+        stream = BlockStream(files, window_blocks, torch.device(device))
+        for block, layer in layers.items():
+            form.give_to(layer)
+            stream.attach(block, layer)
     for piece in _pieces(start, end, offloaded | reuse.keys(), whole=quantization is None):
         base, some = load(*piece, device)
         layers.update(zip(range(*piece), some, strict=True))
-    return Span.over(base, [layers[block] for block in range(start, end)], start, base.config, offloaded)
+    return Span.over(
+        base,
+        [layers[block] for block in range(start, end)],
+        start,
+        base.config,
+        dict.fromkeys(offloaded, stream) if stream else {},
+    )
 
 
 def _pieces(start: int, end: int, others: Container[int], *, whole: bool) -> list[tuple[int, int]]:
@@ -297,14 +315,12 @@ def _files_of(
     checkpoint: Checkpoint,
     blocks: Sequence[int],
     dtype: torch.dtype,
-    quantization: str | None,
+    form: FileForm,
     load: Callable[[int], nn.Module],
     on_elements: Callable[[int], object],
 ) -> dict[int, BlockFile]:
     keys = {
-        block: BlockKey(
-            checkpoint.block_digest(block), checkpoint.config_digest, str(dtype), form_in_files(quantization)
-        )
+        block: BlockKey(checkpoint.block_digest(block), checkpoint.config_digest, str(dtype), form.name)
         for block in blocks
     }
     files = blocks_on_disk(
@@ -315,23 +331,12 @@ def _files_of(
     return {block: files[block] for block in blocks}
 
 
-def _streamed_layers(
-    config: PretrainedConfig,
-    files: Mapping[int, BlockFile],
-    quantization: str | None,
-    window: int,
-    device: torch.device,
-) -> dict[int, nn.Module]:
-    blocks = range(min(files), max(files) + 1)
-    skeleton = make_skeleton(copy.deepcopy(config), lambda whole: keep_only_layers(whole, blocks))
+def _layers_without_weights(config: PretrainedConfig, blocks: Collection[int]) -> dict[int, nn.Module]:
+    """On the meta device, by block."""
+    spanned = range(min(blocks), max(blocks) + 1)
+    skeleton = make_skeleton(copy.deepcopy(config), lambda whole: keep_only_layers(whole, spanned))
     numbered = next(child for child in find_base(skeleton).children() if isinstance(child, NumberedLayers))
-    layers = {block: numbered.get_submodule(str(block)) for block in files}
-    stream = BlockStream(files, window, device)
-    for block, layer in layers.items():
-        if quantization is not None:
-            quantize_linears(layer, quantization, for_file=True)
-        stream.attach(block, layer)
-    return layers
+    return {block: numbered.get_submodule(str(block)) for block in sorted(blocks)}
 
 
 def _load_layers(
