@@ -12,14 +12,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from swarm.models.combining import Company
 from swarm.protocol.served_session import Spent
 from swarm.server.schedule import Waiting, choose, may_grow
 
 T = TypeVar("T")
 W = TypeVar("W")
-
-_PATIENCE = 0.25
-"""The part of what a batch takes for which the next one waits for another step."""
 
 
 @dataclass(eq=False)
@@ -52,7 +50,7 @@ class ComputeThread:
         self._changed = threading.Condition()
         self._stopped = False
         self._experts_s = 0.0
-        self._company, self._patience_s = 1, 0.0
+        self._company = Company()
         self.last_short_at = float("-inf")
         self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
         self._thread.start()
@@ -116,7 +114,7 @@ class ComputeThread:
             took_s = time.perf_counter() - begun
             if jobs[0].waiting.is_short:
                 owed_s, self.last_short_at = took_s, time.monotonic()
-                self._company, self._patience_s = len(jobs), _PATIENCE * took_s
+                self._company.met(len(jobs), took_s)
             else:
                 owed_s -= took_s
             spent = [Spent(begun - job.submitted, took_s, self._experts_s, len(jobs)) for job in jobs]
@@ -145,11 +143,9 @@ class ComputeThread:
             return []
 
     def _wait_for_company(self) -> None:
-        """Steps that ran together are likely to come together again, and all of them cost little more than one: as long
-        as they come shortly after one another, wait until there are as many."""
-        while may_grow([job.waiting for job in self._jobs], self._company) and not self._stopped:
+        while may_grow([job.waiting for job in self._jobs], self._company.count) and not self._stopped:
             came = len(self._jobs)
-            self._changed.wait(self._patience_s)
+            self._changed.wait(self._company.patience_s)
             if len(self._jobs) == came:
                 return
 

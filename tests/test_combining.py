@@ -267,3 +267,26 @@ def test_a_packed_head_whose_weights_were_changed_uses_the_new_ones() -> None:
     torch.testing.assert_close(batched(rows), 2 * before, atol=1e-3, rtol=1e-3)
     batched.weight = torch.nn.Parameter(batched.weight * 2, requires_grad=False)
     torch.testing.assert_close(batched(rows), 4 * before, atol=1e-3, rtol=1e-3)
+
+
+def test_those_who_ran_together_are_waited_for() -> None:
+    together: list[int] = []
+
+    def run(works: Sequence[float]) -> Sequence[float]:
+        together.append(len(works))
+        time.sleep(0.4)
+        return works
+
+    combined = Combiner(run, 16)
+
+    def ask(after_s: float) -> None:
+        time.sleep(after_s)
+        combined(after_s)
+
+    for after_s in ([0.0, 0.1, 0.1, 0.1], [0.0, 0.03, 0.06]):
+        threads = [threading.Thread(target=ask, args=(each,)) for each in after_s]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WITHIN_S)
+    assert together == [1, 3, 3]

@@ -42,14 +42,15 @@ async def test_those_who_ran_together_are_waited_for(thread: ComputeThread) -> N
     assert await asyncio.gather(*(after(thread, 0.1 * number * STEP_S) for number in range(3))) == [3, 3, 3]
 
 
-async def test_who_comes_alone_is_not_kept_waiting_for_long(thread: ComputeThread) -> None:
+async def test_who_comes_alone_is_kept_waiting_for_a_moment_and_soon_not_at_all(thread: ComputeThread) -> None:
     await asyncio.gather(*(after(thread, 0) for _ in range(4)))
-    begun = time.monotonic()
-    assert await after(thread, 0) == 1
-    assert STEP_S < time.monotonic() - begun < 1.5 * STEP_S
-    begun = time.monotonic()
-    assert await after(thread, 0) == 1  # and the next one not at all
-    assert time.monotonic() - begun < 1.2 * STEP_S
+    took_s = []
+    for _ in range(4):
+        begun = time.monotonic()
+        assert await after(thread, 0) == 1
+        took_s.append(time.monotonic() - begun)
+    assert max(took_s) < 1.5 * STEP_S and min(took_s[:2]) > 1.2 * STEP_S
+    assert took_s[-1] < 1.15 * STEP_S
 
 
 def test_only_a_batch_with_room_for_more_waits() -> None:

@@ -1,8 +1,8 @@
 """Run calls that several threads make at the same time as one.
 
-Whoever comes first begins at once, unless others are known to be on their way (:meth:`Combiner.expect`). Those who come
-meanwhile wait, and one of them then runs the calls of all (Hendler et al. 2010, "Flat combining and the
-synchronization-parallelism tradeoff").
+Whoever comes first begins at once, unless others are known to be on their way (:meth:`Combiner.expect`), or came
+together the last time (:class:`Company`). Those who come meanwhile wait, and one of them then runs the calls of all
+(Hendler et al. 2010, "Flat combining and the synchronization-parallelism tradeoff").
 """
 
 from __future__ import annotations
@@ -17,8 +17,27 @@ from typing import Generic, TypeVar
 _MOST_PATIENCE_S = 0.005
 """For those who are expected: they have little to do before they call, or something has become of them."""
 
+_PATIENCE = 0.25
+"""A part of what a run takes."""
+
 W = TypeVar("W")
 R = TypeVar("R")
+
+
+@dataclass
+class Company:
+    """Those who ran together are likely to come together again, and all of them cost little more than one: for as many
+    it is worth waiting, as long as one comes shortly after the other. If fewer come, one less is waited for the next
+    time."""
+
+    count: int = 1
+    """So many are waited for."""
+    patience_s: float = 0.0
+    """How long to wait for the next one."""
+
+    def met(self, count: int, took_s: float) -> None:
+        """So many ran together, which took so long."""
+        self.count, self.patience_s = max(count, self.count - 1), _PATIENCE * took_s
 
 
 @dataclass(eq=False)
@@ -46,6 +65,7 @@ class Combiner(Generic[W, R]):
         self._expected: set[int] = set()  # threads
         self._waiting: deque[_Call[W, R]] = deque()
         self._busy = False
+        self._company = Company()
 
     def expect(self, thread: int) -> None:
         """The thread with this identifier (``threading.get_ident()``) is about to call: it is worth a moment's wait."""
@@ -78,10 +98,12 @@ class Combiner(Generic[W, R]):
         calls: list[_Call[W, R]] = []
         try:
             with self._lock:
-                self._wait_for_the_expected()
+                self._wait_for_others()
                 calls += [self._waiting.popleft() for _ in range(min(self._most, len(self._waiting)))]
+            begun = time.monotonic()
             for call, result in zip(calls, self._run([call.work for call in calls]), strict=True):
                 call.results = (result,)
+            self._company.met(len(calls), time.monotonic() - begun)
         except Exception:
             if len(calls) == 1:
                 raise
@@ -95,11 +117,18 @@ class Combiner(Generic[W, R]):
         if not self._expected:
             self._all_here.notify()
 
-    def _wait_for_the_expected(self) -> None:
+    def _wait_for_others(self) -> None:
         until = time.monotonic() + _MOST_PATIENCE_S
-        while self._expected and len(self._waiting) < self._most:
-            if not self._all_here.wait(until - time.monotonic()):
-                self._expected.clear()
+        while (came := len(self._waiting)) < self._most:
+            if self._expected:
+                if not self._all_here.wait(until - time.monotonic()):
+                    self._expected.clear()
+            elif came >= self._company.count:
+                return
+            else:
+                self._all_here.wait(self._company.patience_s)
+                if len(self._waiting) == came and not self._expected:
+                    return
 
     def _pass_on(self) -> None:
         """Let the first of those who wait run all of them."""
