@@ -49,8 +49,6 @@ typedef struct {
 } Room;
 
 #define EVERY_ROW _Pragma("omp parallel for num_threads(threads) if (threads > 1 && rows >= MANY_ROWS)")
-/* So many are worth more than one thread. */
-#define MANY_ROWS 16
 
 static int run_block(const Block *block, const Step *step, const Room *room, int32_t threads) {
     const int64_t rows = step->rows, hidden = step->hidden;

@@ -38,6 +38,18 @@ static int64_t rows_of_tile(int64_t rows) {
     return 1;
 }
 
+/* Rows that are multiplied at once. */
+typedef struct {
+    int64_t first, rows;
+} Tile;
+
+/* The one that `row` of `count` is in. */
+static Tile tile_of(int64_t row, int64_t count) {
+    Tile tile = {least(row, count / MOST_ROWS * MOST_ROWS) / MOST_ROWS * MOST_ROWS, 0};
+    while (row >= tile.first + (tile.rows = rows_of_tile(count - tile.first))) tile.first += tile.rows;
+    return tile;
+}
+
 /* 16-bit levels of a row: the largest number has this one. */
 #define LARGEST_LEVEL 32639.0f
 
@@ -96,14 +108,12 @@ INLINE void add_bias(const Place *place, floats *sums) {
 
 /* ---- float32 */
 
-/* Rows [count, inputs] as tiles read them: tile after tile, and in each input by input. */
-static void lay_out_rows(const float *rows, int64_t count, int64_t inputs, float *to) {
-    for (int64_t first = 0; first < count; first += rows_of_tile(count - first)) {
-        const int64_t in_tile = rows_of_tile(count - first);
-        for (int64_t row = 0; row < in_tile; row++)
-            for (int64_t input = 0; input < inputs; input++)
-                to[first * inputs + input * in_tile + row] = rows[(first + row) * inputs + input];
-    }
+/* Row `row` of [count, inputs] as its tile reads it: input by input, those of all rows of the tile side by side. */
+static void lay_out_row(const float *rows, int64_t row, int64_t count, int64_t inputs, float *to) {
+    const Tile tile = tile_of(row, count);
+    const float *from = rows + row * inputs;
+    to += tile.first * inputs + row - tile.first;
+    for (int64_t input = 0; input < inputs; input++) to[input * tile.rows] = from[input];
 }
 
 INLINE void floats_tile(const int count, const Place *place, const float *rows, const float *panel) {
@@ -155,35 +165,32 @@ static float largest_of(const float *from, int64_t count) {
     return largest;
 }
 
-/* Levels of a row, pairs of which are `apart`; returns what a level is worth. */
-static float split_row(const float *from, int64_t inputs, int64_t padded, int16_t *to, int64_t apart) {
-    const float largest = largest_of(from, inputs);
-    const float factor = (1.0f / largest) * LARGEST_LEVEL;
-    for (int64_t i = 0; i < padded; i++)
-        to[i / 2 * apart + i % 2] = i < inputs ? (int16_t)(int32_t)rintf(from[i] * factor) : 0;
-    return largest / LARGEST_LEVEL;
-}
-
-static int split_rows(Levels *levels, const float *rows, int64_t count, int64_t inputs, int64_t multiple, int sums) {
+static int has_room(Levels *levels, int64_t count, int64_t inputs, int64_t multiple, int sums) {
     const int64_t padded = (inputs + multiple - 1) / multiple * multiple, groups = padded / GROUP;
     levels->inputs = padded;
     levels->levels = malloc(count * padded * sizeof(int16_t) + count * (1 + groups) * sizeof(float));
-    if (!levels->levels) return 1;
+    if (!levels->levels) return 0;
     levels->worth = (float *)(levels->levels + count * padded);
     levels->group_sums = sums ? levels->worth + count : NULL;
-    for (int64_t first = 0; first < count; first += rows_of_tile(count - first)) {
-        const int64_t in_tile = rows_of_tile(count - first);
-        for (int64_t row = first; row < first + in_tile; row++) {
-            int16_t *to = levels->levels + first * padded + 2 * (row - first);
-            levels->worth[row] = split_row(rows + row * inputs, inputs, padded, to, 2 * in_tile);
-            for (int64_t group = 0; sums && group < groups; group++) {
-                int32_t sum = 0;
-                for (int64_t i = group * GROUP; i < (group + 1) * GROUP; i++) sum += to[i / 2 * 2 * in_tile + i % 2];
-                levels->group_sums[row * groups + group] = (float)sum;
-            }
-        }
+    return 1;
+}
+
+static void split_row(const Levels *levels, const float *rows, int64_t row, int64_t count, int64_t inputs) {
+    const Tile tile = tile_of(row, count);
+    const float *from = rows + row * inputs;
+    const float largest = largest_of(from, inputs), factor = (1.0f / largest) * LARGEST_LEVEL;
+    int16_t *to = levels->levels + tile.first * levels->inputs + 2 * (row - tile.first);
+    levels->worth[row] = largest / LARGEST_LEVEL;
+    for (int64_t begin = 0; begin < levels->inputs; begin += GROUP) {
+        const int64_t end = least(begin + GROUP, levels->inputs);
+        int16_t group[GROUP] = {0};
+        for (int64_t i = begin; i < least(end, inputs); i++) group[i - begin] = (int16_t)(int32_t)rintf(from[i] * factor);
+        for (int64_t i = begin; i < end; i += 2) memcpy(to + i * tile.rows, group + i - begin, 2 * sizeof *to);
+        if (!levels->group_sums) continue;
+        int32_t sum = 0;
+        for (int i = 0; i < GROUP; i++) sum += group[i];
+        levels->group_sums[row * (levels->inputs / GROUP) + begin / GROUP] = (float)sum;
     }
-    return 0;
 }
 
 /* Sums of products of pairs of 16-bit numbers, for the 32 outputs of a panel. */
@@ -413,17 +420,22 @@ int swarm_linear(const Linear *linear, const float *rows, int64_t count, float *
     float *laid_out = NULL;
     if (linear->kind != FLOATS) {
         const int nibbles = linear->kind == NIBBLES;
-        if (split_rows(&levels, rows, count, linear->inputs, nibbles ? GROUP : 2, nibbles)) return 1;
-    } else if (count > 1) {
-        laid_out = malloc(count * linear->inputs * sizeof *laid_out);
-        if (!laid_out) return 1;
-        lay_out_rows(rows, count, linear->inputs, laid_out);
-        rows = laid_out;
+        if (!has_room(&levels, count, linear->inputs, nibbles ? GROUP : 2, nibbles)) return 1;
+    } else if (count > 1 && !(laid_out = malloc(count * linear->inputs * sizeof *laid_out))) {
+        return 1;
+    }
+    (void)threads;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && count >= MANY_ROWS)
+    for (int64_t row = 0; row < count; row++) {
+        if (linear->kind != FLOATS)
+            split_row(&levels, rows, row, count, linear->inputs);
+        else if (laid_out)
+            lay_out_row(rows, row, count, linear->inputs, laid_out);
     }
     const int64_t panels = (linear->outputs + PANEL - 1) / PANEL;
-    (void)threads;
+    const float *from = laid_out ? laid_out : rows;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t panel = 0; panel < panels; panel++) multiply_panel(linear, panel, rows, &levels, count, product);
+    for (int64_t panel = 0; panel < panels; panel++) multiply_panel(linear, panel, from, &levels, count, product);
     free(laid_out);
     free(levels.levels);
     return 0;

@@ -10,6 +10,8 @@
 #define PANEL 32
 /* Inputs of a 4-bit weight that share a scale. */
 #define GROUP 32
+/* So many rows are worth more than one thread, even where little is done with each. */
+#define MANY_ROWS 16
 
 enum { FLOATS = 0, BYTES = 1, NIBBLES = 2 };
 
