@@ -1,5 +1,5 @@
-/* Attention over keys and values that stand on pages, for positions of any sequences (PagedAttention: Kwon et al., 2023;
-   grouped queries: Ainslie et al., 2023). */
+/* Attention over keys and values that stand on pages, for positions of any sequences (PagedAttention: Kwon et al.,
+   2023; grouped queries: Ainslie et al., 2023). */
 #include "native.h"
 #include "vectors.h"
 
@@ -103,7 +103,8 @@ INLINE void add_numbers(const int count, const int vectors, const Part *part, co
         const float *value = part->values + part->places[position] * size + at;
         UNROLL for (int v = 0; v < vectors; v++) {
             const floats numbers = load_some(value + v * WIDTH, left - v * WIDTH);
-            UNROLL for (int query = 0; query < count; query++) sums[query][v] += weights[query][position - begin] * numbers;
+            UNROLL for (int query = 0; query < count; query++)
+                sums[query][v] += weights[query][position - begin] * numbers;
         }
     }
     UNROLL for (int query = 0; query < count; query++)

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent
 _SOURCES = ("linear.c", "attention.c", "blocks.c")
-_HEADERS = ("native.h", "vectors.h")
+_HEADERS = ("native.h", "rows.h", "vectors.h")
 # Nothing here that would let sums be made in another order.
 _FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared", "-fPIC")
 _WAYS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())

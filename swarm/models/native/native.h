@@ -58,7 +58,7 @@ typedef struct {
     int64_t first_row, rows;
     /* Positions of the sequence before them. */
     int64_t before;
-    /* Slots [begin, end), run by run, where the keys and values of all its positions stand, those of these rows last. */
+    /* Slots [begin, end), run by run, where keys and values of all its positions stand, those of these rows last. */
     const int64_t *runs;
     int64_t run_count;
 } Sequence;

@@ -2,8 +2,7 @@
 
 The product of a row is the same, to the last bit, whatever other rows are multiplied with it. Measured for the largest
 layer of SmolLM2 (3072 × 576), one thread of a Xeon that reads memory at 10 to 16 GB/s, µs at 1 / 4 / 12 / 64 rows: fp32
-514 / 563 / 668 / 1852, int8 142 / 159 / 254 / 1390, int4 83 / 115 / 224 / 1273; the fastest of torch's for fp32:
-460 / 762 / 1000 / 2037.
+572 / 584 / 702 / 1626, int8 129 / 137 / 211 / 855, int4 78 / 115 / 209 / 1023; torch's fp32: 560 / 1104 / 1732 / 2597.
 """
 
 from __future__ import annotations
