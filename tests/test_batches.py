@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from swarm.models.paged_cache import PagePool
 from swarm.models.pages import PAGE
 from swarm.models.together import Together, way_together
 from swarm.protocol.messages import Open, Step
-from swarm.protocol.served_session import Work
+from swarm.protocol.served_session import Spent, Work
 from swarm.server.schedule import Waiting, choose
 from swarm.server.sessions import HeldSession, SessionTable, run_steps
 
@@ -144,3 +145,22 @@ def test_a_batch_holds_no_more_positions_than_a_piece_of_a_prompt() -> None:
     tokens, prompts = [Waiting(1, "all")] * 10, [Waiting(30, "all")] * 3
     assert choose([*tokens, *prompts], prompts_first=False) == [*range(10), 10]
     assert choose([*prompts, *tokens], prompts_first=True) == [0, 1, *range(3, 7)]
+
+
+def test_work_in_parts_gives_what_it_gives_at_once(
+    loaded: tuple[Span, Together], table: tuple[SessionTable, Counting]
+) -> None:
+    span, (sessions, _) = loaded[0], table
+    held, beginning, end = opened(sessions, 2), states(2, 3, 1), states(2, 9, 2)
+    run_steps([(held, work(beginning))])
+    whole = replace(work(end, 3, reorder=[1, 1]), position_ids=torch.arange(3, 12).expand(2, 9))
+    parts = whole.split(4)
+    assert [part.hidden_states.shape[1] for part in parts] == [4, 4, 1] and whole.split(9)[0] is whole
+    found = torch.cat([run_steps([(held, part)])[0] for part in parts], dim=1)
+    torch.testing.assert_close(found, alone(span, beginning[[1, 1]], end), atol=1e-4, rtol=1e-4)
+
+
+def test_what_parts_took_is_what_the_whole_took() -> None:
+    assert Spent(0.1, 0.2, 0.05, 3).and_then(Spent(0.3, 0.4, 0.1, 2)) == Spent(
+        pytest.approx(0.4), pytest.approx(0.6), pytest.approx(0.15), 3
+    )

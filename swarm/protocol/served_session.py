@@ -66,6 +66,8 @@ class Work:
 
     def split(self, count: int) -> list[Work]:
         """The same in parts of at most `count` positions per sequence, one to be run after the other."""
+        if self.hidden_states.shape[1] <= count:
+            return [self]
         parts = []
         for begin in range(0, self.hidden_states.shape[1], count):
             states, ids, mask = (
