@@ -21,12 +21,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gateway_load import ANSWER_TOKENS, QUESTIONS
 from benchmarks.report import Report
 from swarm.commands.local_swarm import LocalSwarm
 from swarm.models import open_checkpoint
 from swarm.models.local import load_whole_model
 from swarm.transport.daemon import die_with_parent
+
+try:
+    from benchmarks.gateway_load import ANSWER_TOKENS, QUESTIONS
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: the load comes from locust. Install it with pip install 'swarm[benchmarks]'.") from None
 
 _USERS = 32
 

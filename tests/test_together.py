@@ -9,7 +9,7 @@ import torch
 from test_families import SUPPORTED
 from tiny_models import TINY_MODELS, save_tiny_model
 
-from swarm.models import Span, load_span, open_checkpoint
+from swarm.models import Span, compiled_blocks, load_span, open_checkpoint
 from swarm.models.compiled_blocks import CompiledBlocks
 from swarm.models.fast_blocks import FastBlocks, fuse_projections
 from swarm.models.paged_cache import PagedCache, PagePool
@@ -167,6 +167,9 @@ def test_a_prompt_gives_the_same_bits_in_any_pieces(
         torch.set_num_threads(1)
         found.append(torch.cat(parts, dim=1))
         cache.release()
+    monkeypatch.setattr(compiled_blocks, "_AT_ONCE", 50)
+    cache = pool.new_cache(span.start, span.end, 150)
+    found += way.forward(span, [(prompt, cache, torch.arange(150).view(1, -1))])
     assert (found[0] - expected).norm() < 1e-5 * expected.norm()
     assert all(torch.equal(one, found[0]) for one in found)
 

@@ -8,7 +8,7 @@ code is tried when a server loads (:func:`swarm.models.together.way_together`).
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,10 @@ from swarm.models.native import library as native
 from swarm.models.native.panels import Panels, needed
 from swarm.models.paged_cache import PagedCache, PagePool
 from swarm.models.span import Span
-from swarm.models.steps import Steps, begin_together
+from swarm.models.steps import Step, Steps, begin_together
 
+_AT_ONCE = 256
+"""Positions: what comes and goes within a block needs room for so many (a Llama of 8B: 50 MB)."""
 _ROTATIONS_AT_A_TIME = 512
 _MOST_ROTATIONS = 1 << 17
 """Positions beyond are rare; their rotations are computed when they come."""
@@ -44,9 +46,14 @@ class CompiledBlocks:
         whole = [block for block in compiled if block is not None]
         return cls(span.base.rotary_emb, whole) if whole and len(whole) == len(compiled) else None
 
-    @torch.inference_mode()
     def forward(self, span: Span, steps: Steps) -> list[torch.Tensor]:
         """See :class:`swarm.models.together.Together`."""
+        if sum(states.shape[:2].numel() for states, _, _ in steps) <= _AT_ONCE:
+            return self._forward(span, steps)
+        return [torch.cat([self._forward(span, [part])[0] for part in _parts(step)], dim=1) for step in steps]
+
+    @torch.inference_mode()
+    def _forward(self, span: Span, steps: Steps) -> list[torch.Tensor]:
         position_ids = begin_together(steps).flatten()
         hidden = steps[0][0].shape[2]
         states = torch.cat([states.reshape(-1, hidden) for states, _, _ in steps]).float()
@@ -65,6 +72,15 @@ class CompiledBlocks:
         _run(span, blocks, step)
         outputs = states.split([states.shape[:2].numel() for states, _, _ in steps])
         return [output.view_as(states) for output, (states, _, _) in zip(outputs, steps, strict=True)]
+
+
+def _parts(step: Step) -> Iterator[Step]:
+    """Of one session, to be run one after the other."""
+    states, cache, ids = step
+    each = max(1, _AT_ONCE // states.shape[0])
+    for begin in range(0, states.shape[1], each):
+        part = slice(begin, begin + each)
+        yield states[:, part], cache, ids[:, part] if ids is not None else None
 
 
 def _run(span: Span, blocks: Sequence[native.Block], step: native.Step) -> None:

@@ -8,9 +8,11 @@ import torch
 
 from swarm.models.paged_cache import PagedCache
 
-Steps = Sequence[tuple[torch.Tensor, PagedCache, torch.Tensor | None]]
-"""Of every session the hidden states ``[rows, n, hidden]``, its cache, and ``position_ids`` ``[rows, n]`` (default: the
-positions that follow); n may be another for each."""
+Step = tuple[torch.Tensor, PagedCache, torch.Tensor | None]
+"""Of a session the hidden states ``[rows, n, hidden]``, its cache, and ``position_ids`` ``[rows, n]`` (default: the
+positions that follow)."""
+Steps = Sequence[Step]
+"""Of every session one; n may be another for each."""
 
 
 def begin_together(steps: Steps) -> torch.Tensor:
