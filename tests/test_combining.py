@@ -269,24 +269,19 @@ def test_a_packed_head_whose_weights_were_changed_uses_the_new_ones() -> None:
     torch.testing.assert_close(batched(rows), 4 * before, atol=1e-3, rtol=1e-3)
 
 
-def test_those_who_ran_together_are_waited_for() -> None:
-    together: list[int] = []
-
-    def run(works: Sequence[float]) -> Sequence[float]:
-        together.append(len(works))
-        time.sleep(0.4)
-        return works
-
-    combined = Combiner(run, 16)
-
-    def ask(after_s: float) -> None:
-        time.sleep(after_s)
-        combined(after_s)
-
-    for after_s in ([0.0, 0.1, 0.1, 0.1], [0.0, 0.03, 0.06]):
-        threads = [threading.Thread(target=ask, args=(each,)) for each in after_s]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(WITHIN_S)
-    assert together == [1, 3, 3]
+def test_those_who_ran_together_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(combining, "_PATIENCE", 1e6)
+    gate = Gate()
+    combined = Combiner(gate, 16)
+    first, _ = callers(combined, [2, 3, 4])
+    with one_is_running(combined, gate):
+        start(combined, first)
+    for thread in first:
+        thread.join(WITHIN_S)
+    later, _ = callers(combined, [5, 6, 7])
+    for thread in later:
+        thread.start()
+        time.sleep(0.05)
+    for thread in later:
+        thread.join(WITHIN_S)
+    assert gate.calls == [[1], [2, 3, 4], [5, 6, 7]]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
+from swarm.models import combining
+from swarm.models.combining import Company
 from swarm.server.compute import ComputeThread
 from swarm.server.schedule import MAX_TOGETHER, Waiting, may_grow
 
-STEP_S = 0.4
 TOKEN = Waiting(group="all")
 
 
@@ -25,32 +27,52 @@ async def thread() -> AsyncIterator[ComputeThread]:
 
 def step(works: Sequence[object]) -> list[int]:
     """Takes as long for all as for one; the result is how many ran together."""
-    time.sleep(STEP_S)
+    time.sleep(0.05)
     return [len(works)] * len(works)
 
 
-async def after(thread: ComputeThread, seconds: float, waiting: Waiting = TOKEN) -> int:
-    """A step that comes later; with how many it ran."""
-    await asyncio.sleep(seconds)
-    together, _ = await thread.run_with_others(None, step, waiting)
+async def token(thread: ComputeThread) -> int:
+    """With how many a step ran."""
+    together, _ = await thread.run_with_others(None, step, TOKEN)
     return together
 
 
-async def test_those_who_ran_together_are_waited_for(thread: ComputeThread) -> None:
-    first = await asyncio.gather(*(after(thread, 0) for _ in range(4)))
-    assert max(first) >= 3
-    assert await asyncio.gather(*(after(thread, 0.1 * number * STEP_S) for number in range(3))) == [3, 3, 3]
+async def four_together(thread: ComputeThread) -> None:
+    """They come while something else runs."""
+    go_on = threading.Event()
+    other = asyncio.create_task(thread.run(go_on.wait))
+    four = [asyncio.create_task(token(thread)) for _ in range(4)]
+    await asyncio.sleep(0.05)  # all have been handed over
+    go_on.set()
+    await other
+    assert await asyncio.gather(*four) == [4, 4, 4, 4]
 
 
-async def test_who_comes_alone_is_kept_waiting_for_a_moment_and_soon_not_at_all(thread: ComputeThread) -> None:
-    await asyncio.gather(*(after(thread, 0) for _ in range(4)))
-    took_s = []
+async def test_those_who_ran_together_are_waited_for(thread: ComputeThread, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(combining, "_PATIENCE", 200.0)  # ten seconds for each
+    await four_together(thread)
+    tokens = []
     for _ in range(4):
-        begun = time.monotonic()
-        assert await after(thread, 0) == 1
-        took_s.append(time.monotonic() - begun)
-    assert max(took_s) < 1.5 * STEP_S and min(took_s[:2]) > 1.2 * STEP_S
-    assert took_s[-1] < 1.15 * STEP_S
+        tokens.append(asyncio.create_task(token(thread)))
+        await asyncio.sleep(0.1)
+    assert await asyncio.gather(*tokens) == [4, 4, 4, 4]
+
+
+async def test_who_comes_alone_is_kept_waiting_for_a_moment_only(
+    thread: ComputeThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(combining, "_PATIENCE", 2.0)
+    await four_together(thread)
+    assert [await token(thread) for _ in range(4)] == [1, 1, 1, 1]
+
+
+def test_one_less_is_waited_for_each_time_that_fewer_come() -> None:
+    company = Company()
+    company.met(4, took_s=2.0)
+    assert (company.count, company.patience_s) == (4, 0.5)
+    for left in (3, 2, 1, 1):
+        company.met(1, took_s=1.0)
+        assert (company.count, company.patience_s) == (left, 0.25)
 
 
 def test_only_a_batch_with_room_for_more_waits() -> None:
