@@ -25,7 +25,7 @@ import psutil
 import torch
 
 from benchmarks.report import Report
-from benchmarks.users import PROMPTS, User, answer_together
+from benchmarks.users import PROMPTS, User, answer_together, exactly
 from swarm.client import AutoDistributedModelForCausalLM
 from swarm.commands.local_swarm import LocalSwarm
 from swarm.models import open_checkpoint
@@ -60,7 +60,7 @@ class Arena:
 
     def local_answer(self, prompt: torch.Tensor, tokens: int) -> list[int]:
         """What the swarm's answer must equal."""
-        ids = self.local.generate(prompt, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens)
+        ids = self.local.generate(prompt, **exactly(tokens, self.local))
         return list(ids[0].tolist())
 
 

@@ -19,6 +19,14 @@ PROMPTS = (
 )  # fmt: skip
 
 
+def exactly(tokens: int, model: Any) -> dict[str, Any]:
+    """Options for ``generate()``: greedily so many, because what would end the answer is a token that never comes.
+
+    (``min_new_tokens`` looks at all logits, for 1.5 ms.)
+    """
+    return {"do_sample": False, "max_new_tokens": tokens, "eos_token_id": model.config.vocab_size}
+
+
 @dataclass
 class User:
     """One of them, and what came of its last answer."""
@@ -45,9 +53,7 @@ class User:
                 self.prompt,
                 session=session,
                 streamer=self.times,
-                do_sample=False,
-                max_new_tokens=tokens,
-                eos_token_id=model.config.vocab_size,  # never comes; min_new_tokens looks at all logits, for 1.5 ms
+                **exactly(tokens, model),
                 **options,
             )
         self.ids = ids[0].tolist()

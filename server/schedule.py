@@ -48,7 +48,7 @@ def choose(waiting: Sequence[Waiting], *, prompts_first: bool) -> list[int]:
     candidates = urgent or list(range(len(waiting)))
     short = [index for index in candidates if waiting[index].is_short]
     long = [index for index in candidates if not waiting[index].is_short]
-    first, *others = long + short if not short or (long and prompts_first) else short + long
+    first, *others = long + short if prompts_first else short + long
     chosen, positions = [first], waiting[first].positions
     for index in others if waiting[first].group is not None else ():
         same = waiting[index].group == waiting[first].group

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from swarm.models.llama_blocks import fuse_projections_of, is_like_llama
-from swarm.models.native.panels import PanelLinear, can_use_panels
+from swarm.models.native.panels import can_use_panels
 from swarm.models.quantization import form_in_files, quantize_linears
+from swarm.models.weight_layout import lay_in_panels
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,4 @@ class FileForm:
         if self.quantization is not None:
             quantize_linears(block, self.quantization, for_file=True)
         elif self.for_compiled_code:
-            _lay_in_panels(block)
-
-
-def _lay_in_panels(module: nn.Module) -> None:
-    for name, child in module.named_children():
-        if type(child) is nn.Linear:
-            setattr(module, name, PanelLinear(child.weight.data, child.bias))
-        else:
-            _lay_in_panels(child)
+            lay_in_panels(block)

@@ -123,6 +123,13 @@ def shapes_faster_transposed(block: nn.Module, count: int) -> set[torch.Size]:
     }
 
 
+def lay_in_panels(layer: nn.Module) -> None:
+    """Let all linear layers of `layer` have their weights in panels, whether they have any yet or not (meta device)."""
+    for parent, name in _places(layer):
+        linear = getattr(parent, name)
+        setattr(parent, name, PanelLinear(_matrix(linear), linear.bias))
+
+
 def huge_page_memory(size_bytes: int) -> torch.Tensor:
     """Memory ``[size_bytes]`` uint8 that begins on a huge page, and consists of them where the kernel has them."""
     arena = _arena(size_bytes + _HUGE_PAGE_BYTES)

@@ -330,7 +330,7 @@ int swarm_linear(const Linear *linear, const float *rows, int64_t count, float *
     float *laid_out = NULL;
     if (linear->kind != FLOATS) {
         const int nibbles = linear->kind == NIBBLES;
-        if (!has_room(&levels, count, linear->inputs, nibbles ? GROUP : 2, nibbles)) return 1;
+        if (!make_room(&levels, count, linear->inputs, nibbles ? GROUP : 2, nibbles)) return 1;
     } else if (count > 1 && !(laid_out = malloc(count * linear->inputs * sizeof *laid_out))) {
         return 1;
     }

@@ -72,7 +72,7 @@ static float largest_of(const float *from, int64_t count) {
     return largest;
 }
 
-static int has_room(Levels *levels, int64_t count, int64_t inputs, int64_t multiple, int sums) {
+static int make_room(Levels *levels, int64_t count, int64_t inputs, int64_t multiple, int sums) {
     const int64_t padded = (inputs + multiple - 1) / multiple * multiple, groups = padded / GROUP;
     levels->inputs = padded;
     levels->levels = malloc(count * padded * sizeof(int16_t) + count * (1 + groups) * sizeof(float));

@@ -63,32 +63,33 @@ INLINE float dot(const float *one, const float *other, int64_t count) {
     return sum_of(parts) + rest;
 }
 
-/* For each of WIDTH sums, of which the first WIDTH parts are left: what `sum_of` makes of these. Halves of two sums are
-   brought side by side and added, until all sums have one part left. */
+/* Of `parts`, `to` sums of two neighbours: halves of `one` and `other` are brought side by side and added. */
+#if defined(__AVX512F__)
+typedef __m512 Register;
+#elif defined(__AVX2__)
+typedef __m256 Register;
+#endif
+#define FOLD(to, low, high)                                                             \
+    UNROLL for (int i = 0; i < to; i++) {                                               \
+        const Register one = (Register)parts[2 * i], other = (Register)parts[2 * i + 1]; \
+        parts[i] = (floats)low + (floats)high;                                          \
+    }
+
+/* For each of WIDTH sums, of which the first WIDTH parts are left: what `sum_of` makes of these. */
 INLINE floats sums_of(floats *parts) {
 #if defined(__AVX512F__)
-#define FOLD(to, low, high)                                                         \
-    UNROLL for (int i = 0; i < to; i++) {                                           \
-        const __m512 one = (__m512)parts[2 * i], other = (__m512)parts[2 * i + 1];  \
-        parts[i] = (floats)low + (floats)high;                                      \
-    }
     FOLD(8, _mm512_shuffle_f32x4(one, other, 0x44), _mm512_shuffle_f32x4(one, other, 0xee))
     FOLD(4, _mm512_shuffle_f32x4(one, other, 0x88), _mm512_shuffle_f32x4(one, other, 0xdd))
     FOLD(2, _mm512_shuffle_ps(one, other, 0x44), _mm512_shuffle_ps(one, other, 0xee))
     FOLD(1, _mm512_shuffle_ps(one, other, 0x88), _mm512_shuffle_ps(one, other, 0xdd))
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    return (floats)_mm512_permutexvar_ps(order, (__m512)parts[0]);
+    return (floats)_mm512_permutexvar_ps(order, (Register)parts[0]);
 #elif defined(__AVX2__)
-#define FOLD(to, low, high)                                                         \
-    UNROLL for (int i = 0; i < to; i++) {                                           \
-        const __m256 one = (__m256)parts[2 * i], other = (__m256)parts[2 * i + 1];  \
-        parts[i] = (floats)low + (floats)high;                                      \
-    }
     FOLD(4, _mm256_permute2f128_ps(one, other, 0x20), _mm256_permute2f128_ps(one, other, 0x31))
     FOLD(2, _mm256_shuffle_ps(one, other, 0x44), _mm256_shuffle_ps(one, other, 0xee))
     FOLD(1, _mm256_shuffle_ps(one, other, 0x88), _mm256_shuffle_ps(one, other, 0xdd))
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    return (floats)_mm256_permutevar8x32_ps((__m256)parts[0], order);
+    return (floats)_mm256_permutevar8x32_ps((Register)parts[0], order);
 #else
     floats sums;
     for (int sum = 0; sum < WIDTH; sum++) {
