@@ -85,6 +85,7 @@ class InferenceSession:
         position_ids: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
         *,
+        wanted: int | None = None,
         on_result: Callable[[], object] = lambda: None,
     ) -> torch.Tensor:
         """Run new positions through all blocks; see :meth:`swarm.client.session.Session.step`.
@@ -94,7 +95,7 @@ class InferenceSession:
         """
 
         async def step() -> torch.Tensor:
-            output = await self._session.step(hidden_states, position_ids, mask)
+            output = await self._session.step(hidden_states, position_ids, mask, wanted=wanted)
             on_result()
             return output
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 
@@ -186,8 +187,11 @@ class DistributedMixin(PreTrainedModel):
             if expects:
                 head.expect(thread)
 
+        wanted = self._positions_wanted(length, kwargs)
+
         def run(hidden_states: torch.Tensor) -> torch.Tensor:
-            return cache.session.step(hidden_states, position_ids, mask, on_result=coming)
+            output = cache.session.step(hidden_states, position_ids, mask, wanted=wanted, on_result=coming)
+            return functional.pad(output, (0, 0, length - output.shape[1], 0))  # the rest is looked at by nobody
 
         try:
             with self._layers.running(run):
@@ -237,6 +241,16 @@ class DistributedMixin(PreTrainedModel):
             result.sequences = new
             return result
         return new
+
+    def _positions_wanted(self, length: int, options: dict[str, Any]) -> int | None:
+        """Of how many of the last of `length` positions the results are used; None: of all, or who knows."""
+        logits = options.get("logits_to_keep")
+        everything = any(
+            options.get(name, getattr(self.config, name, False))
+            for name in ("output_hidden_states", "output_attentions")
+        )
+        few = type(logits) is int and 0 < logits < length and options.get("labels") is None
+        return logits if few and not everything else None
 
     def _supports_logits_to_keep(self) -> bool:
         """Whether the head can be spared all positions of a prompt but the last: as the family's own class says."""

@@ -161,6 +161,8 @@ class Session:
         hidden_states: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
+        *,
+        wanted: int | None = None,
     ) -> torch.Tensor:
         """Run new positions through all blocks.
 
@@ -168,9 +170,10 @@ class Session:
             hidden_states: ``[batch, n, hidden]`` as they enter block 0.
             position_ids: ``[batch, n]`` int64; default: those that follow.
             mask: ``[batch, n]`` uint8, 0 where there is padding; default: no padding.
+            wanted: only the last so many positions need to come back; default: all.
 
         Returns:
-            ``[batch, n, hidden]`` as they leave the last block.
+            ``[batch, n or wanted, hidden]`` as they leave the last block.
 
         Raises:
             NoRoute: some blocks had no server until the deadline (NoRoom: none that had room, or ever will). The
@@ -198,7 +201,7 @@ class Session:
         try:
             for stream, _ in self._streams.values():
                 stream.expecting = True
-            delivered = await self._run(hidden_states, position_ids, mask)
+            delivered = await self._run(hidden_states, position_ids, mask, wanted)
         except BaseException:
             self._batch = old_batch
             self._give_up()
@@ -244,11 +247,16 @@ class Session:
     # --- doing what the machine says
 
     async def _run(
-        self, hidden_states: torch.Tensor, position_ids: torch.Tensor | None, mask: torch.Tensor | None
+        self,
+        hidden_states: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        wanted: int | None,
     ) -> list[Delivered]:
         reorder = self._pending_reorder.tolist() if self._pending_reorder is not None and self._position else None
         waiting = []
-        for begin, end in _chunks(*hidden_states.shape[:2]):
+        batch, count, _ = hidden_states.shape
+        for begin, end in _chunks(batch, count):
             future: asyncio.Future[Delivered] = asyncio.get_running_loop().create_future()
             sequence, actions = self._machine.submit(
                 self._position + begin,
@@ -256,6 +264,7 @@ class Session:
                 hidden_states[:, begin:end],
                 position_ids[:, begin:end] if position_ids is not None else None,
                 mask[:, begin:end] if mask is not None else None,
+                max(0, end - max(begin, count - wanted)) if wanted is not None and wanted < count else None,
             )
             self._awaited[sequence] = future
             waiting.append(future)
@@ -448,6 +457,7 @@ class Session:
                 standby=action.standby,
                 codec=settings.activation_codec,
                 allow_degraded=settings.allow_degraded,
+                is_last=place.end == self._checkpoint.num_blocks,
             )
         )
         self._streams[action.hop] = (stream, self._errand(self._keep(action.hop, stream)))

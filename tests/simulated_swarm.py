@@ -244,7 +244,7 @@ class SimulatedSwarm:
             return
         request = Open(
             session=action.token, model="m", start=action.place.start, end=action.place.end, batch=1, max_length=1,
-            standby=action.standby,
+            standby=action.standby, is_last=action.place.end == self.num_blocks,
         )  # fmt: skip
         cache = ToyCache(action.place.start, action.place.end)
         serving = Serving(server, hop, ServedSession(request, HIDDEN), cache)

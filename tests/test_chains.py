@@ -123,6 +123,22 @@ def test_a_star_answers_as_the_local_model_and_says_that_it_is_one(
     assert ids.tolist() == smollm2.greedy(QUESTION, TOKENS).tolist()
 
 
+@pytest.mark.parametrize("chain", [True, False])
+def test_of_a_step_only_what_is_wanted_comes_back(
+    chain: bool, servers: list[LocalPeer], connect: Callable[..., Any]
+) -> None:
+    model = connect("smollm2", chain=chain)
+    states = model.get_input_embeddings()(torch.arange(150).unsqueeze(0)).detach()  # three pieces
+    with model.inference_session(max_length=151) as session:
+        everything = session.step(states)
+        for wanted in (1, 22, 70, 150):
+            session.position = 0
+            assert torch.equal(session.step(states, wanted=wanted), everything[:, -wanted:])
+        after = session.step(states[:, :1])
+        session.position = 150
+        assert torch.equal(session.step(states[:, :1]), after)
+
+
 def test_a_long_prompt_in_pieces_gives_the_same_tokens(
     servers: list[LocalPeer], connect: Callable[..., Any], smollm2: SmolLM2
 ) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import pytest
+
 from benchmarks.directory import member, moved_bytes
 from benchmarks.directory_nodes import MODEL, Crowd, announcement, node_processes
 
@@ -11,6 +13,7 @@ SERVERS = 150
 NODES = 6
 
 
+@pytest.mark.quiet
 async def test_a_new_client_finds_everybody_and_announcing_does_not_carry_their_records() -> None:
     crowd = Crowd(SERVERS)
     async with member([]) as (first, _):

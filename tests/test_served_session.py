@@ -161,6 +161,24 @@ def test_a_step_is_answered_with_its_result_and_where_the_time_went() -> None:
     assert answer.message == Output(sequence=7, hops=[BEFORE, here], tensors=[])
 
 
+@pytest.mark.parametrize(("wanted", "come"), [(None, 3), (0, 0), (1, 1), (3, 3), (9, 3)])
+def test_of_the_last_blocks_only_what_is_wanted_comes_back(wanted: int | None, come: int) -> None:
+    hosted, sent = Hosted({"is_last": True}), states(2, 3)
+    assert torch.equal(hosted.step(1, 0, sent, wanted=wanted), (sent * 2)[:, 3 - come :])
+    (again,) = outputs(hosted.send(1, 0, sent, wanted=wanted))
+    assert again.tensors is not None and again.tensors["hidden_states"].shape == (2, come, HIDDEN)
+    assert torch.equal(hosted.step(2, 3, sent[:, :1]), (sent * 2)[:, :1] + 3), "the next wants everything again"
+
+
+def test_what_others_go_on_with_is_sent_whole() -> None:
+    hosted, sent = Hosted(), states(2, 3)
+    assert torch.equal(hosted.step(1, 0, sent, wanted=1), sent * 2), "the client relays it"
+    hosted.link()
+    hosted.send(2, 3, sent, wanted=1)
+    (on,) = onward(hosted.compute())
+    assert on.message.wanted == 1 and on.tensors["hidden_states"].shape == (2, 3, HIDDEN)  # type: ignore[union-attr]
+
+
 def test_position_ids_and_mask_arrive_with_their_step() -> None:
     hosted = Hosted()
     position_ids, mask = torch.tensor([[0, 1], [0, 0]]), torch.tensor([[1, 1], [0, 1]], dtype=torch.uint8)

@@ -93,8 +93,10 @@ def run(random: Random, swarm: SimulatedSwarm, faults: int, rounds: int) -> None
     events = 0
     for _ in range(rounds):
         for position, reorder, hidden, ids in program.next_steps():
-            sequence, actions = swarm.client.submit(position, reorder, hidden, ids, None)
-            expected[sequence] = program.expect(position, reorder, hidden, ids)
+            wanted = random.choice([None, 0, 1, 2, 5])
+            sequence, actions = swarm.client.submit(position, reorder, hidden, ids, None, wanted)
+            everything = program.expect(position, reorder, hidden, ids)
+            expected[sequence] = everything if wanted is None else everything[:, max(0, hidden.shape[1] - wanted) :]
             swarm.do(actions)
         while len(swarm.delivered) < len(expected):
             if faults and random.random() < 0.05:

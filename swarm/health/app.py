@@ -137,7 +137,10 @@ def health_app(board: Board, history: History) -> FastAPI:
         response_class=Response,
         responses={
             200: {"content": {"image/svg+xml": {"schema": {"type": "string"}}}},
-            404: {"content": {"image/svg+xml": {"schema": {"type": "string"}}}, "description": "An unknown model"},
+            404: {
+                "content": {"image/svg+xml": {"schema": {"type": "string"}}, "application/json": {}},
+                "description": "An unknown model; no picture, if no model can have the name (it has several lines)",
+            },
         },
         tags=["Now"],
     )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
+from collections.abc import Iterator
 
+import gguf
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -18,13 +22,25 @@ def load_whole_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -
     with quiet_transformers():
         if isinstance(checkpoint.files, GgufFile):
             # The configuration is transformers' own, too: given, it need not be read from the file once more (8 s).
-            model = AutoModelForCausalLM.from_pretrained(
-                checkpoint.location.parent,
-                gguf_file=checkpoint.location.name,
-                dtype=precision,
-                config=copy.deepcopy(checkpoint.config),
-            )
+            with _tables_of_names_made_once():
+                model = AutoModelForCausalLM.from_pretrained(
+                    checkpoint.location.parent,
+                    gguf_file=checkpoint.location.name,
+                    dtype=precision,
+                    config=copy.deepcopy(checkpoint.config),
+                )
         else:
             model = AutoModelForCausalLM.from_pretrained(checkpoint.location, dtype=precision)
     whole: PreTrainedModel = model.eval()
     return whole
+
+
+@contextlib.contextmanager
+def _tables_of_names_made_once() -> Iterator[None]:
+    """transformers has the same table of tensors' names made for each of a model's modules, which takes 5 s."""
+    made = gguf.get_tensor_name_map
+    gguf.get_tensor_name_map = functools.cache(made)
+    try:
+        yield
+    finally:
+        gguf.get_tensor_name_map = made

@@ -95,6 +95,8 @@ class Open(_Message):
     """How to send hidden states on; None: losslessly."""
     allow_degraded: bool = False
     """Rather leave out experts that nobody hosts than wait for them."""
+    is_last: bool = False
+    """These are the last blocks: results go to nobody but the client."""
 
 
 class Opened(_Message):
@@ -200,6 +202,8 @@ class Step(_Message):
     """Where the new positions begin. If the cache is longer, it is rolled back to here first."""
     reorder: Annotated[list[int], Field(max_length=MAX_BATCH)] | None = None
     """Which row of the cache each sequence of this step continues (beams); None: each its own."""
+    wanted: int | None = Field(default=None, ge=0, le=MAX_POSITIONS)
+    """The client needs what the last blocks make of the last so many positions only; None: of all."""
     hops: list[HopTime] = Field(default=[], max_length=MAX_HOPS)
     """The servers that it has passed."""
     tensors: list[TensorHeader] = Field(max_length=4)
@@ -228,7 +232,8 @@ class Replayed(_Message):
 
 
 class Output(_Message):
-    """(server → client) The result of a step. Tensor: ``hidden_states`` [batch, n, hidden]."""
+    """(server → client) The result of a step, or of its last positions, if the client wants only these. Tensor:
+    ``hidden_states`` [batch, n, hidden]."""
 
     type: Literal["output"] = "output"
     sequence: int = Field(ge=1)

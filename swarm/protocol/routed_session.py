@@ -99,6 +99,7 @@ class Delivered:
 
     sequence: int
     hidden_states: torch.Tensor
+    """``[batch, n, hidden]``: of the positions that were wanted"""
     hops: tuple[HopTime, ...]
 
 
@@ -215,8 +216,13 @@ class RoutedSession:
         hidden_states: torch.Tensor,
         position_ids: torch.Tensor | None,
         mask: torch.Tensor | None,
+        wanted: int | None = None,
     ) -> tuple[int, list[Action]]:
-        """Run ``[batch, n, hidden]`` from `position` on; returns its sequence number and what to do."""
+        """Run ``[batch, n, hidden]`` from `position` on; returns its sequence number and what to do.
+
+        Args:
+            wanted: only the last so many positions are to be delivered.
+        """
         self._sequence += 1
         if not self._busy():
             self._history.truncate(position)
@@ -225,7 +231,7 @@ class RoutedSession:
             tensors["position_ids"] = position_ids
         if mask is not None:
             tensors["mask"] = mask
-        step = Step(sequence=self._sequence, position=position, reorder=reorder, tensors=[])
+        step = Step(sequence=self._sequence, position=position, reorder=reorder, wanted=wanted, tensors=[])
         self._waiting.append(_Sent(step, tensors))
         return self._sequence, self._advance()
 
@@ -497,9 +503,13 @@ class RoutedSession:
         if sent is None:
             return []  # it came twice
         hidden_states = decode_hidden_states(tensors, self._hidden_size)
-        if hidden_states.shape != sent.tensors["hidden_states"].shape:
+        batch, count, _ = sent.tensors["hidden_states"].shape
+        is_last = hop.place.end == self._num_blocks
+        if is_last and sent.step.wanted is not None:
+            count = min(count, sent.step.wanted)
+        if hidden_states.shape[:2] != (batch, count):
             raise ProtocolError("an output has another shape than its step")
-        if hop.place.end < self._num_blocks:
+        if not is_last:
             return self._relay(hop, sent, output, tensors)
         if sent is not self._under_way[0]:
             raise ProtocolError(f"step {output.sequence} was answered before the one before it")

@@ -412,6 +412,8 @@ class ServedSession:
             return []
         if end > len(self._history):
             return []  # it was rolled back meanwhile: nobody waits for it
+        if self._request.is_last and step.wanted is not None:
+            begin = max(begin, end - step.wanted)
         actions: list[Action] = []
         for successor in self._successors():
             if not successor.open:
