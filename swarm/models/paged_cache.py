@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -96,6 +97,43 @@ class PagePool:
             tensor[:, there] = tensor[:, here]
 
 
+@dataclass(frozen=True)
+class _Content:
+    """All that the keys and values of some positions depend on, besides what came before."""
+
+    ids: memoryview
+    """Their numbers, int64."""
+    states: memoryview
+    """The hidden states that came in, as bytes."""
+
+    @classmethod
+    def of(cls, ids: torch.Tensor, states: torch.Tensor) -> _Content:
+        """Of ``[n]`` and ``[n, hidden]``, on the CPU; their memory is used on."""
+        return cls(ids.to(torch.int64).contiguous().numpy().data, states.contiguous().view(torch.uint8).numpy().data)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def part(self, begin: int, end: int) -> _Content:
+        """Of the positions ``[begin, end)``."""
+        return _Content(self.ids[begin:end], self.states[begin:end])
+
+    def copy(self) -> _Content:
+        """In memory of its own, with nothing else."""
+        ids, states = (torch.tensor(numpy.asarray(view)) for view in (self.ids, self.states))
+        return _Content(ids.numpy().data, states.numpy().data)
+
+
+def _part(contents: Sequence[_Content], begin: int, end: int) -> list[_Content]:
+    """Of the positions ``[begin, end)`` of what follows one another."""
+    parts, at = [], 0
+    for content in contents:
+        if begin < at + len(content) and at < end:
+            parts.append(content.part(max(begin - at, 0), end - at))
+        at += len(content)
+    return parts
+
+
 @dataclass
 class _Sequence:
     """One sequence of a cache: its pages, and what is known of their contents."""
@@ -104,8 +142,8 @@ class _Sequence:
     pages: list[int] = field(default_factory=list)
     names: list[bytes] = field(default_factory=list)
     """Of full pages: each stands for its content and for all before it."""
-    came: list[torch.Tensor] = field(default_factory=list)
-    """What came in of the positions after those, ``[n, bytes]`` uint8."""
+    came: list[_Content] = field(default_factory=list)
+    """What came in of the positions after those."""
     went: list[torch.Tensor] = field(default_factory=list)
     """And what went out, ``[n, hidden]``."""
     runs: list[tuple[int, int]] = field(default_factory=list)
@@ -146,7 +184,7 @@ class _Sequence:
             del self.names[position // PAGE :]
             self.came, self.went = [], []
         elif self.came:
-            self.came, self.went = [torch.cat(self.came)[:surplus]], [torch.cat(self.went)[:surplus]]
+            self.came, self.went = _part(self.came, 0, surplus), [torch.cat(self.went)[:surplus]]
 
 
 class PagedCache(Cache):  # type: ignore[misc]
@@ -285,7 +323,7 @@ class PagedCache(Cache):  # type: ignore[misc]
         done = 0
         while (end := done + PAGE - self.length % PAGE) <= count:
             names = [
-                self._name(sequence, torch.cat([*sequence.came, content[done:end]]))
+                self._name(sequence, [*sequence.came, content.part(done, end)])
                 for sequence, content in zip(self._sequences, contents, strict=True)
             ]
             found = [hit for name in names if (hit := self.pool.pages.find(name)) is not None]
@@ -315,15 +353,15 @@ class PagedCache(Cache):  # type: ignore[misc]
             sequence.went.append(output)
             if sum(map(len, sequence.came)) < PAGE:
                 continue
-            came, went = torch.cat(sequence.came), torch.cat(sequence.went)
-            full = len(came) // PAGE * PAGE
+            went = torch.cat(sequence.went)
+            full = len(went) // PAGE * PAGE
             for begin in range(0, full, PAGE):
-                name = self._name(sequence, came[begin : begin + PAGE])
+                name = self._name(sequence, _part(sequence.came, begin, begin + PAGE))
                 page = sequence.pages[len(sequence.names)]
                 self.pool.pages.remember(page, name, went[begin : begin + PAGE].clone())
                 sequence.names.append(name)
-            rest = [came[full:].clone()], [went[full:].clone()]
-            sequence.came, sequence.went = rest if full < len(came) else ([], [])
+            rest = [content.copy() for content in _part(sequence.came, full, len(went))]
+            sequence.came, sequence.went = rest, [went[full:].clone()] if rest else []
 
     def _admit(self, rows: int) -> None:
         if not self._sequences:
@@ -365,17 +403,20 @@ class PagedCache(Cache):  # type: ignore[misc]
         if sequence.claim is not None and not keep_claim:
             self.pool.pages.unclaim(sequence.claim)
 
-    def _contents(self, states: torch.Tensor, position_ids: torch.Tensor | None, start: int) -> torch.Tensor:
-        """All that the keys and values of positions depend on, besides what came before, as bytes."""
+    def _contents(self, states: torch.Tensor, position_ids: torch.Tensor | None, start: int) -> list[_Content]:
+        """Of every sequence."""
         rows, count, _ = states.shape
         ids = position_ids if position_ids is not None else torch.arange(start, start + count).expand(rows, count)
-        ids_bytes = ids.to(torch.int64).contiguous().view(rows, count, 1).view(torch.uint8)
-        return torch.cat([ids_bytes, states.contiguous().view(torch.uint8)], dim=2)
+        return [_Content.of(ids[row], states[row]) for row in range(rows)]
 
-    def _name(self, sequence: _Sequence, content: torch.Tensor) -> bytes:
-        of_page = hashlib.blake2b(self._salt + sequence.last_name, digest_size=32)
-        of_page.update(content.numpy())
-        return of_page.digest()
+    def _name(self, sequence: _Sequence, page: Sequence[_Content]) -> bytes:
+        """Of a page, whatever parts it came in."""
+        name = hashlib.blake2b(self._salt + sequence.last_name, digest_size=32)
+        for content in page:
+            name.update(content.ids)
+        for content in page:
+            name.update(content.states)
+        return name.digest()
 
 
 class _PagedLayer(CacheLayerMixin):  # type: ignore[misc]

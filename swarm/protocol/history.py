@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import torch
 
+_MOST_AT_FIRST = 4096
+"""Positions to make room for before anything has come."""
+
 
 class GrowingTensor:
     """``[batch, positions, …]``, appended to along the positions, in a buffer that doubles."""
 
-    def __init__(self) -> None:
+    def __init__(self, room: int = 64) -> None:
+        """
+        Args:
+            room: positions of the first buffer.
+        """
+        self._room = room
         self._buffer: torch.Tensor | None = None
         self._length = 0
 
@@ -23,7 +31,7 @@ class GrowingTensor:
             return
         needed = self._length + count
         if self._buffer is None or self._buffer.shape[1] < needed:
-            grown = torch.empty(batch, max(needed, 2 * self._length, 64), *rest, dtype=more.dtype)
+            grown = torch.empty(batch, max(needed, 2 * self._length, self._room), *rest, dtype=more.dtype)
             if self._buffer is not None:
                 grown[:, : self._length] = self._buffer[:, : self._length]
             self._buffer = grown
@@ -52,8 +60,12 @@ class GrowingTensor:
 class History:
     """Hidden states at a boundary, ``[batch, position, hidden]``, with the position ids and mask that go with them."""
 
-    def __init__(self) -> None:
-        self._hidden_states = GrowingTensor()
+    def __init__(self, expected: int = 64) -> None:
+        """
+        Args:
+            expected: positions; more are kept as well.
+        """
+        self._hidden_states = GrowingTensor(min(expected, _MOST_AT_FIRST))
         self._position_ids = GrowingTensor()  # [batch, position] int64, once they were not the default
         self._mask = GrowingTensor()  # [batch, position] uint8, once anything was padded
 
@@ -88,9 +100,14 @@ class History:
         for kept in self._all():
             kept.reorder(rows)
 
-    def between(self, begin: int, end: int) -> dict[str, torch.Tensor]:
-        """The positions ``[begin, end)`` as the tensors of a step: copies, for they are written when time allows."""
-        tensors = {"hidden_states": self._hidden_states.between(begin, end).clone()}
+    def between(self, begin: int, end: int, at_hand: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """The positions ``[begin, end)`` as the tensors of a step: copies, for they are written when time allows.
+
+        Args:
+            at_hand: their hidden states, if the caller has them: taken as they are.
+        """
+        states = at_hand if at_hand is not None else self._hidden_states.between(begin, end).clone()
+        tensors = {"hidden_states": states}
         if len(self._position_ids):
             tensors["position_ids"] = self._position_ids.between(begin, end).clone()
         if len(self._mask):

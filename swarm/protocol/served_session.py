@@ -181,7 +181,7 @@ class ServedSession:
         # Steps (and their positions) that came again during a replay:
         self._repeated: deque[tuple[Step, int]] = deque(maxlen=_REMEMBERED_STEPS)
         self._withheld: deque[tuple[Step, int]] = deque(maxlen=_REMEMBERED_STEPS)  # while on standby
-        self._history = History()
+        self._history = History(request.max_length)
         self._discard_running = False
         self._replaying = False
         self._settled = False  # and the client knows that this server has the session's state
@@ -250,7 +250,7 @@ class ServedSession:
                 if self.standby and not self._settled:  # from the first step on, without a replay
                     self._settled = True
                     actions.append(ToClient(Replayed(sequence=step.sequence)))
-                actions += self._send_on(step, output.shape[1], spent)
+                actions += self._send_on(step, output.shape[1], spent, output)
             case Replay() as part:
                 actions += self._replay_on(part, output.shape[1])
         return actions + self._next()
@@ -404,8 +404,14 @@ class ServedSession:
         self._waiting_positions -= self._running.hidden_states.shape[:2].numel()
         return [Compute(self._running)]
 
-    def _send_on(self, step: Step, count: int, spent: Spent = NOTHING_SPENT) -> list[Action]:
-        """Send a step's result on, which is in the history; `spent`: on computing it just now."""
+    def _send_on(
+        self, step: Step, count: int, spent: Spent = NOTHING_SPENT, output: torch.Tensor | None = None
+    ) -> list[Action]:
+        """Send a step's result on, which is in the history.
+
+        Args:
+            spent, output: on computing it just now, and what came of it.
+        """
         begin, end = step.position, step.position + count
         if self.standby:
             self._withheld.append((step, count))
@@ -414,16 +420,17 @@ class ServedSession:
             return []  # it was rolled back meanwhile: nobody waits for it
         if self._request.is_last and step.wanted is not None:
             begin = max(begin, end - step.wanted)
+            output = output[:, count - (end - begin) :] if output is not None else None
         actions: list[Action] = []
         for successor in self._successors():
             if not successor.open:
                 continue
             successor.fresh = False
             hops = [*step.hops, self._time(successor, spent)]
-            tensors = self._encoded(begin, end)
+            tensors = self._encoded(begin, end, output)
             if successor.through_client:
-                output = Output(sequence=step.sequence, hops=hops, tensors=[])
-                actions.append(ToClient(output, {name: tensors[name] for name in tensors if name in _HIDDEN_STATES}))
+                answer = Output(sequence=step.sequence, hops=hops, tensors=[])
+                actions.append(ToClient(answer, {name: tensors[name] for name in tensors if name in _HIDDEN_STATES}))
             else:
                 on = step.model_copy(update={"hops": hops, "tensors": []})
                 actions.append(ToSuccessor(successor.link, on, tensors))
@@ -484,8 +491,8 @@ class ServedSession:
             else:
                 yield ToSuccessor(successor.link, part, tensors)
 
-    def _encoded(self, begin: int, end: int) -> dict[str, torch.Tensor]:
-        tensors = self._history.between(begin, end)
+    def _encoded(self, begin: int, end: int, at_hand: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        tensors = self._history.between(begin, end, at_hand)
         return {**tensors, **encode_hidden_states(tensors["hidden_states"], self._request.codec)}
 
     def _successors(self) -> list[_Successor]:
