@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ import torch
 from swarm.models.combining import Company
 from swarm.protocol.served_session import Spent
 from swarm.server.schedule import Waiting, choose, may_grow
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 W = TypeVar("W")
@@ -49,10 +52,12 @@ class ComputeThread:
         self._soon: list[Callable[[], object]] = []
         self._changed = threading.Condition()
         self._stopped = False
+        self._failure: str | None = None
+        self._watchers: list[asyncio.Future[str]] = []
         self._experts_s = 0.0
         self._company = Company()
         self.last_short_at = float("-inf")
-        self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
+        self._thread = threading.Thread(target=self._work_or_fail, name="compute", daemon=True)
         self._thread.start()
 
     async def run(self, work: Callable[[], T]) -> tuple[T, Spent]:
@@ -76,8 +81,11 @@ class ComputeThread:
         """Likewise, without waiting for the result."""
         future: asyncio.Future[tuple[T, Spent]] = asyncio.get_running_loop().create_future()
         with self._changed:
-            self._jobs.append(_Job(waiting, work, run, future, time.perf_counter()))
-            self._changed.notify()
+            if self._failure is None:
+                self._jobs.append(_Job(waiting, work, run, future, time.perf_counter()))
+                self._changed.notify()
+            else:
+                future.set_exception(RuntimeError(self._failure))
         return future
 
     def soon(self, errand: Callable[[], object]) -> None:
@@ -90,6 +98,15 @@ class ComputeThread:
         """Called by work, on the thread: it has waited so long for other machines."""
         self._experts_s += seconds
 
+    async def failed(self) -> str:
+        """Wait until the thread has ended by itself, which is a fault of ours: what was thrown there."""
+        watcher: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        with self._changed:
+            if self._failure is not None:
+                return self._failure
+            self._watchers.append(watcher)
+        return await watcher
+
     def stop(self) -> None:
         """Drop what has not begun."""
         with self._changed:
@@ -101,6 +118,17 @@ class ComputeThread:
         """After :meth:`stop`: wait for the work at hand, but no longer than this; whether it has ended."""
         await asyncio.to_thread(self._thread.join, within_s)
         return not self._thread.is_alive()
+
+    def _work_or_fail(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            logger.exception("the thread that computes has failed")
+            with self._changed:
+                self._failure = f"{type(error).__name__}: {error}"
+                jobs, self._jobs = self._jobs, []
+            _tell([(watcher, self._failure) for watcher in self._watchers])
+            _tell([(job.future, RuntimeError(self._failure)) for job in jobs])
 
     def _work(self) -> None:
         _use_threads(self._threads)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from swarm.dht import Directory
-from swarm.errors import PeerError
+from swarm.errors import PeerError, SwarmError
 from swarm.server.compute import ComputeThread
 from swarm.server.settings import ServerSettings
 from swarm.transport.identity import Identity
@@ -50,3 +50,9 @@ async def fail_with_daemon(node: Node) -> None:
     """Raise as soon as p2pd has died: without it nobody can reach this server."""
     await node.wait_for_daemon()
     raise PeerError("p2pd, the network daemon of this server, has died; start the server again")
+
+
+async def fail_with_compute(compute: ComputeThread) -> None:
+    """Raise as soon as nothing can be computed any more: whoever waits had better go elsewhere."""
+    reason = await compute.failed()
+    raise SwarmError(f"the thread of this server that computes has failed ({reason}); start the server again")

@@ -9,9 +9,11 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
+from swarm.errors import SwarmError
 from swarm.models import combining
 from swarm.models.combining import Company
 from swarm.server.compute import ComputeThread
+from swarm.server.membership import fail_with_compute
 from swarm.server.schedule import MAX_TOGETHER, Waiting, may_grow
 
 TOKEN = Waiting(group="all")
@@ -64,6 +66,36 @@ async def test_who_comes_alone_is_kept_waiting_for_a_moment_only(
     monkeypatch.setattr(combining, "_PATIENCE", 2.0)
     await four_together(thread)
     assert [await token(thread) for _ in range(4)] == [1, 1, 1, 1]
+
+
+class Unequal:
+    """What groups are asked, it cannot answer."""
+
+    def __eq__(self, other: object) -> bool:
+        raise ZeroDivisionError("whether they are the same")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+async def test_a_thread_that_fails_leaves_nobody_waiting_and_ends_the_server() -> None:
+    thread = ComputeThread(1)
+    ending = asyncio.create_task(fail_with_compute(thread))
+    go_on = threading.Event()
+    other = asyncio.create_task(thread.run(go_on.wait))
+    await asyncio.sleep(0.05)
+    waiting = [asyncio.create_task(thread.run_with_others(None, step, Waiting(group=Unequal()))) for _ in range(2)]
+    await asyncio.sleep(0.05)
+    go_on.set()
+    await other
+    for task in waiting:
+        with pytest.raises(RuntimeError, match="ZeroDivisionError: whether they are the same"):
+            await asyncio.wait_for(task, 5)
+    with pytest.raises(SwarmError, match=r"computes has failed \(ZeroDivisionError.*start the server again"):
+        await asyncio.wait_for(ending, 5)
+    with pytest.raises(RuntimeError, match="whether they are the same"):
+        await thread.run(time.monotonic)  # nor does anybody who comes later wait
+    assert await thread.failed() == "ZeroDivisionError: whether they are the same"
+    assert await thread.ended(5.0)
 
 
 def test_one_less_is_waited_for_each_time_that_fewer_come() -> None:
