@@ -116,6 +116,7 @@ def load_hosted_span(
         digests = checkpoint.digests.blocks if checkpoint.files.paths else ()
         checkpoint.files.release()
         go_on()
+        bar.set_description(f"Preparing blocks {start} to {end - 1}")  # compiles something, the first time
         together = prepare_span(span, checkpoint.hidden_size)
         pool = PagePool.for_span(span, checkpoint.hidden_size, pages_for(prepared.plan.kv_tokens))
     if together is None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from swarm.models import Checkpoint
 
 _PROMPT = "Explain in a few sentences why the sky is blue."
+_BAR = "{desc} {bar:30} {n}/{total} [{elapsed}{postfix}]"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,13 +63,17 @@ def run(options: argparse.Namespace, output: Output) -> int:
 
 def _start_servers(swarm: LocalSwarm, model: str, spans: list[str], output: Output) -> None:
     ready: list[LocalPeer] = []
-    with tqdm(total=len(spans), desc="Starting servers", bar_format="{desc} {bar:30} {n}/{total} [{elapsed}]") as bar:
+    with tqdm(total=len(spans), desc="Starting servers", bar_format=_BAR) as bar:
 
         def on_ready(peer: LocalPeer) -> None:
             ready.append(peer)
             bar.update()
 
-        swarm.start_servers(model, spans, "--threads", "1", on_ready=on_ready)
+        def on_wait(peer: LocalPeer) -> None:
+            bar.set_postfix_str(f"{peer.name}: {peer.at_work_on or 'Starting'}")
+
+        swarm.start_servers(model, spans, "--threads", "1", on_ready=on_ready, on_wait=on_wait)
+        bar.set_postfix_str("")
     for peer, span in zip(ready, spans, strict=True):
         start, end = span.split(":")
         output.say(f"  {peer.name}: blocks {start:>2} to {int(end) - 1:>2}   {peer.peer_id}   pid {peer.process.pid}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -24,6 +26,7 @@ from swarm.transport.daemon import die_with_parent
 READY_TIMEOUT_S = 180.0
 """How long a peer may take to become ready: loading a model is part of it."""
 _STOP_TIMEOUT_S = 20.0
+_WAIT_S = 0.25
 
 
 class Host(Protocol):
@@ -89,14 +92,25 @@ class LocalPeer:
     def addresses(self) -> list[str]:
         return list(self.ready["addresses"]) if self.ready else []
 
-    def wait_until_ready(self, timeout_s: float = READY_TIMEOUT_S) -> None:
+    @property
+    def at_work_on(self) -> str:
+        """What the last progress bar that it drew is about; empty: it has drawn none."""
+        lines = re.split(r"[\r\n]+", self.log.read_text(errors="replace"))
+        return next((line.partition(":")[0] for line in reversed(lines) if "%|" in line), "")
+
+    def wait_until_ready(
+        self, timeout_s: float = READY_TIMEOUT_S, on_wait: Callable[[], object] = lambda: None
+    ) -> None:
         """Wait for its ``ready`` event.
+
+        Args:
+            on_wait: called now and then meanwhile.
 
         Raises:
             SwarmError: the process ended instead, or is not ready after `timeout_s`; with the end of its log.
         """
         deadline = time.monotonic() + timeout_s
-        while (line := self._read_line(deadline)) is not None:
+        while (line := self._read_line(deadline, on_wait)) is not None:
             if not line:
                 code = self.process.wait()
                 raise SwarmError(f"{self.name} ended with code {code} instead of becoming ready{self._last_words()}")
@@ -115,14 +129,18 @@ class LocalPeer:
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
-    def _read_line(self, deadline: float) -> bytes | None:
+    def _read_line(self, deadline: float, on_wait: Callable[[], object]) -> bytes | None:
         """The next line of its output, empty at the end of all lines; None if none is complete at `deadline`."""
         assert self.process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
             while b"\n" not in self._unread:
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    return None
+                left_s = deadline - time.monotonic()
+                if not selector.select(max(0.0, min(left_s, _WAIT_S))):
+                    if left_s <= _WAIT_S:
+                        return None
+                    on_wait()
+                    continue
                 data = os.read(self.process.stdout.fileno(), 65536)
                 if not data:
                     return b""
@@ -184,12 +202,21 @@ class LocalSwarm:
         return peer
 
     def start_servers(
-        self, model: str, spans: Sequence[str], *arguments: str, on_ready: Callable[[LocalPeer], None] = lambda _: None
+        self,
+        model: str,
+        spans: Sequence[str],
+        *arguments: str,
+        on_ready: Callable[[LocalPeer], object] = lambda _: None,
+        on_wait: Callable[[LocalPeer], object] = lambda _: None,
     ) -> list[LocalPeer]:
-        """Start one server for each span (``"0:15"``), all at once, and wait for all."""
+        """Start one server for each span (``"0:15"``), all at once, and wait for all.
+
+        Args:
+            on_wait: called now and then, with one that is not ready yet.
+        """
         peers = [self.start_server(model, "--blocks", span, *arguments, wait=False) for span in spans]
         for peer in peers:
-            peer.wait_until_ready()
+            peer.wait_until_ready(on_wait=functools.partial(on_wait, peer))
             on_ready(peer)
         return peers
 
