@@ -121,8 +121,8 @@ class TokenStreams:
         try:
             hidden_states = await self._on_thread(self._entering, ids, torch.arange(ids.shape[1]).unsqueeze(0))
             for _ in range(max_new_tokens):
-                output = await session.step(hidden_states)
-                turned = await self._take_turn(_Turn(output[:, -1:], sampler, session.position))
+                output = await session.step(hidden_states, wanted=1)
+                turned = await self._take_turn(_Turn(output, sampler, session.position))
                 yield Token(turned.choice, session.last_step, len(session.recoveries))
                 if turned.choice.token in stops:
                     return
