@@ -1,0 +1,131 @@
+"""A server that is told the state of a session goes on from there, whoever dies meanwhile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hosted_session import HIDDEN, Hosted, outputs, states, to_client
+
+from swarm.errors import ProtocolError
+from swarm.protocol.messages import MAX_STEP_POSITIONS, Output, Replay, Replayed, Step
+from swarm.protocol.served_session import ToClient
+
+
+def test_a_fresh_server_is_brought_to_the_sessions_state_and_goes_on() -> None:
+    hosted, first, second, sent = Hosted(), states(2, 3), states(2, 2), states(2, 1)
+    assert hosted.session.attach() is True
+    actions = hosted.replay(9, first, second)
+    assert to_client(actions) == [Replayed(sequence=9)]
+    assert torch.equal(hosted.step(10, 5, sent), sent * 2 + 5)
+    (again,) = outputs(hosted.send(9, 3, second))
+    assert again.tensors is not None and torch.equal(again.tensors["hidden_states"], second * 2 + 3)
+    assert hosted.session.attach() is False
+
+
+def test_steps_wait_for_the_end_of_the_replay_that_they_follow() -> None:
+    hosted, told, sent = Hosted(), states(2, 3), states(2, 1)
+    hosted.session.attach()
+    hosted.forward(Replay(sequence=4, position=0, last=True, tensors=[]), hidden_states=told)
+    hosted.forward(Step(sequence=5, position=3, tensors=[]), hidden_states=sent)
+    actions = hosted.compute_all()
+    assert [type(message) for message in to_client(actions)] == [Replayed, Output]
+    assert hosted.runs == 2
+
+
+def test_a_step_that_comes_again_during_the_replay_is_answered_after_it() -> None:
+    hosted, told = Hosted(), states(2, 3)
+    hosted.session.attach()
+    hosted.forward(Replay(sequence=4, position=0, last=True, tensors=[]), hidden_states=told)
+    assert hosted.forward(Step(sequence=4, position=2, tensors=[]), hidden_states=told[:, 2:]) == []
+    replayed, output = hosted.compute()
+    assert to_client([replayed, output])[0] == Replayed(sequence=4)
+    assert isinstance(output, ToClient) and output.tensors is not None
+    assert torch.equal(output.tensors["hidden_states"], told[:, 2:] * 2)
+
+
+def test_a_thousand_repeats_during_a_replay_are_not_all_remembered() -> None:
+    hosted, told = Hosted(), states(2, 3)
+    hosted.forward(Replay(sequence=4, position=0, last=True, tensors=[]), hidden_states=told)
+    for _ in range(1000):
+        hosted.forward(Step(sequence=4, position=2, tensors=[]), hidden_states=told[:, 2:])
+    assert len(outputs(hosted.compute())) <= 64
+
+
+def test_a_replay_may_bring_another_number_of_sequences_than_the_session_was_opened_with() -> None:
+    hosted = Hosted()
+    hosted.replay(3, states(5, 2))
+    with pytest.raises(ProtocolError, match="2 sequences; the session has 5"):
+        hosted.send(4, 2, states(2, 1))
+
+
+@pytest.mark.parametrize(
+    ("part", "batch", "words"),
+    [
+        ({"sequence": 9, "position": 2}, 2, "a replay from position 2 came to a session at 3"),
+        ({"sequence": 9, "position": 4}, 2, "a replay from position 4 came to a session at 3"),
+        ({"sequence": 9, "position": 0}, 2, "a replay from position 0 came to a session at 3"),
+        ({"sequence": 8, "position": 3}, 2, "a replay from position 3 came to a session at 3"),
+        ({"sequence": 9, "position": 3}, 1, "a replay carries 1 sequences; the session has 2"),
+        ({"sequence": 9, "position": 3}, 3, "a replay carries 3 sequences; the session has 2"),
+    ],
+)
+def test_a_part_of_a_replay_that_does_not_follow_the_last_one_is_refused(
+    part: dict[str, int], batch: int, words: str
+) -> None:
+    hosted = Hosted()
+    hosted.replay(9, states(2, 3), last=False)
+    with pytest.raises(ProtocolError, match=words):
+        hosted.forward(Replay(**part, last=True, tensors=[]), hidden_states=states(batch, 1))
+    hosted.forward(Replay(sequence=9, position=3, last=True, tensors=[]), hidden_states=states(2, 1))
+    assert to_client(hosted.compute()) == [Replayed(sequence=9)]
+
+
+def test_a_replay_that_begins_in_the_middle_is_refused_and_the_session_stays_fresh() -> None:
+    hosted, sent = Hosted(), states(2, 1)
+    with pytest.raises(ProtocolError, match="a replay from position 3 came to a session at 0"):
+        hosted.forward(Replay(sequence=9, position=3, last=True, tensors=[]), hidden_states=sent)
+    hosted.step(1, 0, sent)
+    assert len(outputs(hosted.send(1, 0, sent))) == 1
+
+
+def test_a_replay_to_a_session_that_knows_its_state_is_refused() -> None:
+    hosted = Hosted()
+    hosted.step(1, 0, states(2, 3))
+    for position in (0, 3):
+        with pytest.raises(ProtocolError, match="a replay from position"):
+            hosted.forward(Replay(sequence=1, position=position, last=True, tensors=[]), hidden_states=states(2, 1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "tensors", "words"),
+    [
+        ((2, 0, HIDDEN), {}, "0 positions"),
+        ((2, 1, HIDDEN + 1), {}, "must carry hidden_states"),
+        ((2, MAX_STEP_POSITIONS, HIDDEN), {}, "may go together"),
+        ((2, 1, HIDDEN), {"mask": torch.zeros(2, 2, dtype=torch.uint8)}, "mask must be"),
+        ((2, 1, HIDDEN), {"position_ids": torch.zeros(2, 1)}, "position_ids must be"),
+        ((2, 1, HIDDEN), {"junk": torch.zeros(1)}, "unknown tensors"),
+    ],
+)
+def test_a_malformed_replay_is_refused(shape: tuple[int, ...], tensors: dict[str, torch.Tensor], words: str) -> None:
+    with pytest.raises(ProtocolError, match=words):
+        Hosted().forward(
+            Replay(sequence=1, position=0, last=True, tensors=[]), hidden_states=torch.zeros(shape), **tensors
+        )
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_when_a_predecessor_dies_during_its_replay_the_next_one_begins_anew(running: bool) -> None:
+    hosted, half, whole, sent = Hosted(), states(2, 3), states(2, 5), states(2, 1)
+    assert hosted.session.attach() is True
+    hosted.forward(Replay(sequence=4, position=0, last=False, tensors=[]), hidden_states=half)
+    hosted.forward(Replay(sequence=4, position=3, last=False, tensors=[]), hidden_states=half)
+    if not running:
+        hosted.compute_all()
+    assert hosted.session.attach() is True
+    hosted.forward(Replay(sequence=6, position=0, last=True, tensors=[]), hidden_states=whole)
+    actions = hosted.compute_all()
+    assert to_client(actions) == [Replayed(sequence=6)]
+    assert torch.equal(hosted.step(7, 5, sent), sent * 2 + 5)
+    (again,) = outputs(hosted.send(6, 3, whole[:, 3:]))
+    assert again.tensors is not None and torch.equal(again.tensors["hidden_states"], whole[:, 3:] * 2)
