@@ -255,6 +255,14 @@ def test_answers_are_as_the_api_says_whatever_is_asked(large: Program) -> None:
     assert {"/api/v1/state", "/api/v1/models", "/api/v1/servers/{id}", "/api/v1/history"} <= tried
 
 
+def test_a_model_whose_name_has_several_lines_has_no_badge_as_the_api_says(large: Program) -> None:
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        large.get("badge/one%0Atwo.svg")
+    documented = large.json("openapi.json")["paths"]["/badge/{model}.svg"]["get"]["responses"]["404"]["content"]
+    assert refused.value.code == 404
+    assert refused.value.headers["Content-Type"] in documented
+
+
 def test_an_answer_is_sent_once_to_whoever_has_it_and_compressed(large: Program) -> None:
     request = urllib.request.Request(f"{large.url}api/v1/models", headers={"Accept-Encoding": "gzip"})
     with urllib.request.urlopen(request) as answer:
