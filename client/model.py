@@ -191,7 +191,9 @@ class DistributedMixin(PreTrainedModel):
 
         def run(hidden_states: torch.Tensor) -> torch.Tensor:
             output = cache.session.step(hidden_states, position_ids, mask, wanted=wanted, on_result=coming)
-            return functional.pad(output, (0, 0, length - output.shape[1], 0))  # the rest is looked at by nobody
+            if wanted is None:
+                return output
+            return functional.pad(output, (0, 0, length - wanted, 0))  # the rest is looked at by nobody
 
         try:
             with self._layers.running(run):

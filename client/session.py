@@ -264,7 +264,7 @@ class Session:
                 hidden_states[:, begin:end],
                 position_ids[:, begin:end] if position_ids is not None else None,
                 mask[:, begin:end] if mask is not None else None,
-                max(0, end - max(begin, count - wanted)) if wanted is not None and wanted < count else None,
+                _wanted_of_piece(begin, end, count, wanted),
             )
             self._awaited[sequence] = future
             waiting.append(future)
@@ -557,6 +557,11 @@ def _chunks(batch: int, count: int) -> list[tuple[int, int]]:
     """Pieces ``[begin, end)`` of a step of `count` positions: small enough, and enough to keep every server busy."""
     each = min(max(_MIN_CHUNK, -(-count // _CHUNKS)), max(1, MAX_STEP_POSITIONS // batch))
     return [(begin, min(begin + each, count)) for begin in range(0, count, each)]
+
+
+def _wanted_of_piece(begin: int, end: int, count: int, wanted: int | None) -> int | None:
+    """How many of the `wanted` last of `count` positions are in the piece ``[begin, end)``; None: all are wanted."""
+    return max(0, end - max(begin, count - wanted)) if wanted is not None and wanted < count else None
 
 
 def _unless_default(ids: torch.Tensor | None, position: int, batch: int, count: int) -> torch.Tensor | None:

@@ -120,8 +120,7 @@ class _Content:
 
     def copy(self) -> _Content:
         """In memory of its own, with nothing else."""
-        ids, states = (torch.tensor(numpy.asarray(view)) for view in (self.ids, self.states))
-        return _Content(ids.numpy().data, states.numpy().data)
+        return _Content(numpy.array(self.ids).data, numpy.array(self.states).data)
 
 
 def _part(contents: Sequence[_Content], begin: int, end: int) -> list[_Content]:

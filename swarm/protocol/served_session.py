@@ -420,7 +420,7 @@ class ServedSession:
             return []  # it was rolled back meanwhile: nobody waits for it
         if self._request.is_last and step.wanted is not None:
             begin = max(begin, end - step.wanted)
-            output = output[:, count - (end - begin) :] if output is not None else None
+            output = output[:, begin - step.position :] if output is not None else None
         actions: list[Action] = []
         for successor in self._successors():
             if not successor.open:
