@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import platform
-from pathlib import Path
 
 import psutil
 import torch
+
+from swarm.processor import processor_name
 
 SHARE_OF_FREE = 0.8
 """By default a server takes this share of the memory that is free; the rest is its owner's."""
@@ -42,11 +41,7 @@ def device_name(device: torch.device) -> str:
     """What the maker calls the device that computes, e.g. ``"AMD EPYC 9V74 80-Core Processor"``."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    with contextlib.suppress(OSError):  # only Linux has it
-        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return processor_name()
 
 
 def usable_cores() -> int:

@@ -15,12 +15,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from conftest import QUESTION, SmolLM2
 from test_families import logits_through_spans, steps_of
 from tiny_models import BLOCKS, WINDOW, save_tiny_model
+from watched_memory import watching_memory
 
 from swarm.commands.local_swarm import LocalSwarm
 from swarm.errors import DiskError, InsufficientMemory
@@ -509,20 +509,9 @@ def test_a_server_with_memory_for_a_third_gives_the_local_tokens_and_keeps_to_it
         "smollm2", "--blocks", "0:30", "--threads", "1", "--offload", "--memory", str(allowed), "--kv-tokens", "2048",
         wait=False,
     )  # fmt: skip
-    root, most, over = psutil.Process(server.process.pid), [0], threading.Event()
-
-    def watch() -> None:
-        while not over.wait(0.02):
-            most[0] = max(most[0], sum(one.memory_info().rss for one in [root, *root.children(recursive=True)]))
-
-    watching = threading.Thread(target=watch)
-    watching.start()
-    try:
+    with watching_memory([server]) as highest:
         server.wait_until_ready()
         model = connect("smollm2")
         ids = model.generate(**smollm2.chat(QUESTION), do_sample=False, max_new_tokens=32, min_new_tokens=32)
-    finally:
-        over.set()
-        watching.join()
     assert ids.tolist() == smollm2.greedy(QUESTION, 32).tolist()
-    assert 10 * block_bytes < most[0] <= allowed
+    assert 10 * block_bytes < max(highest.values()) <= allowed

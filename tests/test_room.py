@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from test_faults import Opener, stranger
 from tiny_models import tiny_model
+from watched_memory import watching_memory
 
 from swarm.client.waiting_line import WaitingLine
 from swarm.commands.local_swarm import LocalPeer, LocalSwarm
@@ -63,28 +61,6 @@ class SlowReader:
         pass
 
 
-@contextmanager
-def watching_memory(servers: list[LocalPeer]) -> Iterator[dict[str, float]]:
-    """The most that each server had resident, its daemon included, in MiB."""
-    highest: dict[str, float] = {}
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.wait(0.02):
-            for server in servers:
-                root = psutil.Process(server.process.pid)
-                resident = sum(process.memory_info().rss for process in [root, *root.children(recursive=True)])
-                highest[server.peer_id] = max(highest.get(server.peer_id, 0.0), resident / MIB)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield highest
-    finally:
-        over.set()
-        thread.join()
-
-
 @pytest.mark.parametrize("clients", [1, 3], ids=["of one client", "of several clients"])
 def test_three_times_the_sessions_that_fit_all_finish_and_the_server_keeps_to_its_memory(
     clients: int, servers: list[LocalPeer], tiny: str, whole: Any, connect: Callable[..., Any]
@@ -98,7 +74,7 @@ def test_three_times_the_sessions_that_fit_all_finish_and_the_server_keeps_to_it
         ]
         found = [one.result() for one in answers]
     assert found == [answer(whole, prompt) for prompt in asked]
-    assert len(highest) == 2 and max(highest.values()) < CAP_MIB
+    assert len(highest) == 2 and max(highest.values()) / MIB < CAP_MIB
 
 
 def test_a_session_that_could_never_fit_is_refused_at_once_and_told_what_would(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 
 from swarm import __version__
 from swarm.cache_directory import alone_in, cache_directory, write_atomically
+from swarm.processor import processor_name
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,4 @@ def _processor(device: torch.device) -> str:
     """The name of a device and, of a CPU, what instructions torch uses on it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{processor_name()}, {torch.backends.cpu.get_cpu_capability()}"
