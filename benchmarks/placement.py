@@ -11,10 +11,10 @@ lives and deaths.
 spans can exceed, averaged over minutes 17 to 40, and over 43 to 60 (*after* the failure). *Ours* is `swarm.placement`;
 *Petals' rule* is written anew from its description: newcomers take the worst window, and a server moves by itself if
 the swarm reaches less than 0.75 of what greedy moves of everybody would reach; *greedy* joins likewise and never moves;
-*random* joins anywhere. *Moves* count from the first minute to the last.
+*random* joins anywhere. *Moves* (after which a server has to load) count from the first minute to the last, as do *focus
+changes*: a server hosts another part of what it has loaded, at once, and no session has to leave it.
 
-The *frontier* is what ours reaches with 100 servers if a move must raise the slowest block by so many percent
-(`MovePolicy.least_share`), down to no moves for speed at all: evenness is bought with moves.
+*Moves alone* and *focus alone* are ours without the one or the other: with 10 and 100 servers.
 
 Not in it: what the Petals paper used for its own experiment, which it does not tell exactly.
 """
@@ -25,7 +25,7 @@ import time
 from typing import Any
 
 from benchmarks.report import Report
-from swarm.placement import MovePolicy
+from swarm.placement import FocusPolicy, MovePolicy
 from swarm.simulation import STRATEGIES, Outcome, World, simulate
 from swarm.simulation.strategies import Ours
 
@@ -33,7 +33,11 @@ _STEADY_S = (1000.0, 2400.0)
 _AFTER_S = (2600.0, 3600.0)
 _WHOLE_S = (1000.0, 3600.0)
 _MASS_FAILURE_S = 2400.0
-_FRONTIER_PERCENT = (0, 1, 3, 5, 100)
+_WITHOUT = {
+    "moves_alone": MovePolicy(least_share=0.02, focus=FocusPolicy(narrowest=1.0)),
+    "focus_alone": MovePolicy(least_share=float("inf")),
+}
+"""Without changes of focus (and then by the threshold for moves that was best), and without moves for speed."""
 
 
 def main() -> None:
@@ -57,11 +61,11 @@ def main() -> None:
             report.progress(
                 f"{servers:,} servers, {name}: {_text(row)} ({time.process_time() - begun:.0f} s of one core)"
             )
-    for percent in _FRONTIER_PERCENT:
-        policy = MovePolicy(least_share=percent / 100)
-        row = _row([simulate(_world(100, seed), Ours(policy)) for seed in range(seeds[100])])
-        figures |= {f"frontier_{percent}_percent_{key}": value for key, value in row.items()}
-        report.progress(f"100 servers, ours, {percent}% at least: {_text(row)}")
+    for servers in (10, 100):
+        for name, policy in _WITHOUT.items():
+            row = _row([simulate(_world(servers, seed), Ours(policy)) for seed in range(seeds[servers])])
+            figures |= {f"{name}_{servers}_{key}": value for key, value in row.items()}
+            report.progress(f"{servers} servers, {name.replace('_', ' ')}: {_text(row)}")
     report.finish(
         {
             "share_of_bound_min": min(shares),
@@ -85,6 +89,9 @@ def _row(outcomes: list[Outcome]) -> dict[str, float]:
         "uncovered_time_share": _mean([one.uncovered_share(*_WHOLE_S) for one in outcomes]),
         "moves_per_server_hour": _mean([one.moves_per_server_hour(*_WHOLE_S) for one in outcomes]),
         "moves": _mean([len(one.moves_at_s) for one in outcomes]),
+        "focus_changes": _mean([len(one.refocused_at_s) for one in outcomes]),
+        "slowest_steps_per_s": _mean([one.steps_per_s(*_STEADY_S) for one in outcomes]),
+        "blocks_each": _mean([one.blocks_each(*_STEADY_S) for one in outcomes]),
         "recovery_s": max(one.recovery_s() for one in outcomes),
     }
 

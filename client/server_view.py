@@ -183,6 +183,9 @@ class ServerView:
         present = [self._hosted(one, wish) for one in self._servers.values() if one.peer_id in now_used]
         if {one.peer_id for one in present} != now_used:
             return False  # it is leaving, or was not found just now: others see to that
+        hosted = {one.peer_id: range(one.start, one.end + 1) for one in present}
+        if any(leg.start not in hosted[leg.peer_id] or leg.end not in hosted[leg.peer_id] for leg in route):
+            return False  # it has changed its focus: it goes on with this session, and that is all that it says now
         replay = replace(wish.profile, steps=0.0, prompt_positions=float(replayed))
         return worth_rerouting(
             route_seconds(route, present, links=links, profile=wish.profile),

@@ -58,6 +58,8 @@ class Announcement(BaseModel):
     start: int = Field(ge=0)
     end: int = Field(ge=1)
     """The span is ``[start, end)``."""
+    loaded: tuple[int, int] | None = None
+    """All that is in memory, if that is more than the span: the server may host another part a moment later."""
     block_digests: tuple[str, ...] = Field(default=(), max_length=1000)
     """The first 16 hex digits of each hosted block's digest, or nothing."""
     dtype: str = Field(max_length=16)
@@ -101,6 +103,10 @@ class Announcement(BaseModel):
     def _check_span(self) -> Self:
         if not self.start < self.end <= self.num_blocks:
             raise ValueError(f"[{self.start}, {self.end}) is not a span of {self.num_blocks} blocks")
+        if self.loaded is not None and not 0 <= self.loaded[0] <= self.start < self.end <= self.loaded[1]:
+            raise ValueError(f"[{self.start}, {self.end}) is no part of what is loaded, {list(self.loaded)}")
+        if self.in_memory[1] > self.num_blocks:
+            raise ValueError(f"{self.in_memory[1]} blocks of {self.num_blocks} cannot be loaded")
         if self.block_digests and len(self.block_digests) != self.end - self.start:
             raise ValueError("there must be one digest for every hosted block")
         if any(len(text) > 128 for text in (*self.addresses, *self.block_digests)):
@@ -111,6 +117,11 @@ class Announcement(BaseModel):
     def precision(self) -> str:
         """For people, and to compare: servers of unequal precision give unequal results."""
         return precision_name(self.dtype, self.quantization)
+
+    @property
+    def in_memory(self) -> tuple[int, int]:
+        """The span, and what is loaded besides."""
+        return self.loaded or (self.start, self.end)
 
     def hosts(self, block: int) -> bool:
         """Whether `block` lies in the span."""

@@ -35,6 +35,11 @@ class MoveClaim(BaseModel):
     urgency: Urgency
     gain: float = Field(ge=-1e15, le=1e15, allow_inf_nan=False)
     steps_per_s: Rate
+    """Through the span that it gives up."""
+    new_steps_per_s: Rate | None = None
+    """Through the other one; None: as fast."""
+    is_focus: bool = False
+    """Both are in memory."""
     issued_at: float = Field(allow_inf_nan=False)
     """Unix time."""
 
@@ -57,13 +62,18 @@ class MoveClaim(BaseModel):
             urgency=move.urgency,
             gain=move.gain,
             steps_per_s=move.steps_per_s,
+            new_steps_per_s=move.new_steps_per_s,
+            is_focus=move.is_focus,
             issued_at=issued_at,
         )
 
     @property
     def move(self) -> Move:
         """As placement takes it."""
-        return Move(self.peer_id, self.old, self.new, self.urgency, self.gain, self.steps_per_s)
+        faster = self.steps_per_s if self.new_steps_per_s is None else self.new_steps_per_s
+        return Move(
+            self.peer_id, self.old, self.new, self.urgency, self.gain, self.steps_per_s, faster, self.is_focus
+        )  # fmt: skip
 
     def pack(self) -> bytes:
         """As msgpack."""

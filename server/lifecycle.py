@@ -64,7 +64,8 @@ class Server:
         Args:
             on_ready: called with the first announcement in which the server is online.
             on_network: called whenever the ways to other servers have been measured.
-            on_move: called when the server has moved to other blocks, with the announcement that says so.
+            on_move: called when the server has moved to other blocks, or hosts another part of those that it has
+                loaded, with the announcement that says so.
 
         Raises:
             BootstrapFailed, PortTaken, PeerError: the swarm cannot be joined.
@@ -127,6 +128,8 @@ class Server:
                 )
 
                 async def carry_out(move: Move) -> bool:
+                    if move.is_focus:
+                        return await self._refocus(move, presence, on_move)
                     return await self._move(move, presence, streams, on_move)
 
                 await self._open(node, presence, streams, on_ready)
@@ -179,6 +182,14 @@ class Server:
         presence.state = State.ONLINE
         announcement, _ = await presence.announce()
         on_ready(announcement)
+
+    async def _refocus(self, move: Move, presence: Presence, on_move: Callable[[Announcement, Move], None]) -> bool:
+        """Let new sessions come to another part of what is loaded."""
+        logger.info("hosting %s", move.reason)
+        presence.focus = move.new
+        announcement, _ = await presence.announce()
+        on_move(announcement, move)
+        return True
 
     async def _move(
         self, move: Move, presence: Presence, streams: StreamServer, on_move: Callable[[Announcement, Move], None]
@@ -268,6 +279,6 @@ class Server:
 
         model = self._prepared.checkpoint.model_digest
         measurement = NetworkMeasurement(
-            node, lambda: presence.bounds, lambda: directory.servers(model), is_busy, changed
+            node, lambda: presence.focus, lambda: directory.servers(model), is_busy, changed
         )  # fmt: skip
         await measurement.run()

@@ -7,6 +7,7 @@ import time
 from swarm import __version__
 from swarm.dht import Announcement, Directory, State, precision_name
 from swarm.dht.expert_announcement import bitmap_of
+from swarm.placement import Span
 from swarm.protocol.tensors import dtype_name
 from swarm.server.announcer import Announcer
 from swarm.server.experts.dispatch import ExpertDispatch
@@ -22,10 +23,12 @@ class Presence:
     """A server in the directory. Set what has changed, then :meth:`announce` (or :meth:`renew_soon`).
 
     Attributes:
-        bounds: the span that it hosts, is loading, or drains.
+        bounds: the span that it has loaded, is loading, or drains. Setting it makes it all hosted.
+        focus: the part of it that is hosted: new sessions are to come there. Those on the rest go on.
         tentative: it may still choose another one, before it has loaded any.
         table: of its sessions; None while nothing is loaded.
-        speed: as measured last: of the span before while it loads another.
+        block_digests: of all that is loaded, or nothing.
+        speed: as measured last, through all of it: of the span before while it loads another.
         routed: blocks whose routed experts are not all here, and those of them that are.
         experts: those that are elsewhere.
     """
@@ -41,7 +44,7 @@ class Presence:
             {block: tensors.count for block, (tensors, _) in prepared.routed.items()},
         )
         self.state = State.JOINING
-        self.bounds = (0, 0)
+        self.bounds: Span = (0, 0)
         self.tentative = False
         self.moves = 0
         self.block_digests: tuple[str, ...] = ()
@@ -50,6 +53,14 @@ class Presence:
         self.network = NetworkSpeed()
         self.routed = prepared.routed
         self.experts: ExpertDispatch | None = None
+
+    @property
+    def bounds(self) -> Span:
+        return self._bounds
+
+    @bounds.setter
+    def bounds(self, bounds: Span) -> None:
+        self._bounds = self.focus = bounds
 
     @property
     def precision(self) -> str:
@@ -74,10 +85,10 @@ class Presence:
         await self._announcer.keep_announced()
 
     def _announcement(self, addresses: tuple[str, ...]) -> Announcement:
-        checkpoint, (start, end) = self._prepared.checkpoint, self.bounds
+        checkpoint, (first, last), (start, end) = self._prepared.checkpoint, self.bounds, self.focus
         routed = {block: kept for block, (_, kept) in self.routed.items() if start <= block < end}
         elsewhere_s = len(routed) * self.experts.usual_s if self.experts is not None else 0.0
-        speed = self.speed.slowed(elsewhere_s) if self.speed else None
+        speed = self.speed.of_part((end - start) / (last - first)).slowed(elsewhere_s) if self.speed else None
         decode = dict(speed.decode_steps_per_s) if speed else {}
         return Announcement(
             peer_id=self._node.peer_id,
@@ -87,7 +98,8 @@ class Presence:
             num_blocks=checkpoint.num_blocks,
             start=start,
             end=end,
-            block_digests=self.block_digests,
+            loaded=self.bounds if self.focus != self.bounds else None,
+            block_digests=self.block_digests[start - first : end - first],
             kept_experts={block: bitmap_of(kept).hex() for block, kept in routed.items()},
             dtype=dtype_name(self._prepared.dtype),
             quantization=self._settings.quantization or "",

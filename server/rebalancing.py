@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from swarm.dht import Announcement, Directory, MoveClaims, State
-from swarm.placement import Capacity, Hosting, Move, choose_span, goes_before, may_move, settle, wanted_move
+from swarm.placement import Capacity, Hosting, Loaded, Move, choose_span, goes_before, may_move, settle, wanted_move
 from swarm.server.preparation import Prepared
 from swarm.server.presence import Presence
 from swarm.server.settings import ServerSettings
@@ -93,7 +93,8 @@ class Rebalancing:
             logger.info("not any more")
             return None
         under_way_now = [one for one in under_way(claims, everybody) if one.peer_id != self._peer_id]
-        if not may_move(again, under_way_now, hostings(everybody), self._num_blocks, self._settings.move_policy):
+        there, policy = hostings(everybody), self._settings.move_policy
+        if not may_move(again, under_way_now, there, self._num_blocks, policy, self._loaded(there)):
             logger.info("others move first")
             return None
         going = {one.peer_id for one in under_way_now if goes_before(one, again)}
@@ -103,12 +104,20 @@ class Rebalancing:
         return again
 
     def _wanted(self, everybody: list[Announcement]) -> Move | None:
-        found = {one.peer_id: one for one in hostings(everybody)}
-        me = found.pop(self._peer_id, None)
-        if me is None or self._presence.state is not State.ONLINE or me.span != self._presence.bounds:
+        there = hostings(everybody)
+        me = next((one for one in there if one.peer_id == self._peer_id), None)
+        if me is None or self._presence.state is not State.ONLINE or me.span != self._presence.focus:
             return None  # the directory is behind the times
-        move = wanted_move(me, found.values(), self._num_blocks, self._settings.move_policy)
+        move = wanted_move(me, there, self._num_blocks, self._settings.move_policy, self._loaded(there))
         return move if move is not None and leaves_enough(move, everybody, self._num_blocks) else None
+
+    def _loaded(self, there: Sequence[Hosting]) -> Loaded | None:
+        """What this server, which is `there`, has in memory; None: its owner wants so many blocks to be hosted."""
+        if not self._may_host_fewer:
+            return None
+        me = next(one for one in there if one.peer_id == self._peer_id)
+        start, end = self._presence.bounds
+        return Loaded(start, end, Capacity(end - start, me.steps_per_s * me.length))
 
     async def _everybody(self) -> list[Announcement]:
         found = await self._directory.servers(self._model)

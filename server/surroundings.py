@@ -61,6 +61,8 @@ def leaves_enough(move: Move, others: Iterable[Announcement], num_blocks: int) -
         return [block for block in blocks if not any(one.hosts(block) for one in serving)]
 
     only_mine = alone(range(*move.old))
+    if move.is_focus:
+        return all(move.new[0] <= block < move.new[1] for block in only_mine)
     missing = [block for block in alone(range(num_blocks)) if block not in only_mine]
     stays = all(move.new[0] <= block < move.new[1] for block in only_mine)
     return not only_mine or (bool(missing) and stays)

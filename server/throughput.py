@@ -38,6 +38,11 @@ class ComputeSpeed:
     is_undisturbed: bool = True
     """Nothing else took much of the processor meanwhile: the figures are worth remembering for long."""
 
+    def of_part(self, share: float) -> ComputeSpeed:
+        """Through a part of the span, of so many of its blocks."""
+        decode = {count: rate / share for count, rate in self.decode_steps_per_s.items()}
+        return replace(self, prefill_tokens_per_s=self.prefill_tokens_per_s / share, decode_steps_per_s=decode)
+
     def slowed(self, step_s: float) -> ComputeSpeed:
         """If every step took so much longer, whatever its size."""
         decode = {count: count / (count / rate + step_s) for count, rate in self.decode_steps_per_s.items() if rate > 0}

@@ -189,6 +189,13 @@ def test_nothing_of_a_record_over_the_limits_is_remembered(tmp_path: Path, valid
     assert validator.validate(record(identity.peer_id, value, expires_at))
 
 
+@pytest.mark.parametrize("loaded", [(1, 4), (0, 1), (-1, 4), (0, 5)])
+def test_who_hosts_what_it_has_not_loaded_or_loads_what_there_is_not_is_refused(loaded: tuple[int, int]) -> None:
+    assert announcement("me", end=2, loaded=(0, 4)).in_memory == (0, 4)
+    with pytest.raises(ValueError, match="load"):
+        announcement("me", end=2, loaded=loaded)
+
+
 @pytest.mark.parametrize(("blocks", "rtts", "limit_bytes"), [(16, 0, 1024), (16, 8, 1024 + 640), (80, 8, 2048 + 640)])
 def test_an_announcement_is_as_small_as_is_said(blocks: int, rtts: int, limit_bytes: int, tmp_path: Path) -> None:
     identity, expires_at = Identity.load_or_create(tmp_path / "identity.key"), time.time() + LEASE_S

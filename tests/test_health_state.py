@@ -139,6 +139,14 @@ def test_one_that_says_farewell_has_left_and_its_model_is_as_healthy_as_before(s
     assert verdict(snapshot) == (Health.HEALTHY, "Every block has at least 1 server.")
 
 
+def test_a_move_is_news_and_another_part_of_the_same_blocks_is_none(story: Story) -> None:
+    story.look(server(1, 0, 4), server(2, 0, 4))
+    story.look(server(1, 0, 4), server(2, 2, 4, loaded=(0, 4)))
+    assert [one.kind for one in story.news] == []
+    story.look(server(1, 0, 4), server(2, 0, 2))
+    assert [one.kind for one in story.news] == [Kind.SERVER_MOVED]
+
+
 def test_a_death_is_made_up_for_by_another_server_or_by_time(story: Story) -> None:
     one, other = server(1, 0, 4), server(2, 0, 4)
     story.look(one, other)

@@ -24,7 +24,9 @@ LOOPBACK = ["/ip4/127.0.0.1/tcp/0"]
 
 
 def move(peer_id: str) -> Move:
-    return Move(peer_id, (0, 4), (4, 8), Urgency.FIRST_SERVER, gain=1.5, steps_per_s=20.0)
+    return Move(
+        peer_id, (0, 4), (4, 8), Urgency.FIRST_SERVER, gain=1.5, steps_per_s=20.0, new_steps_per_s=40.0, is_focus=True
+    )
 
 
 def fields(identity: Identity, **changes: object) -> dict[str, object]:
@@ -117,7 +119,7 @@ async def test_others_see_the_latest_claim_of_each_server(directories: list[tupl
     (mover, of_mover), (reader, of_reader) = directories
     claims = MoveClaims(of_mover, mover.peer_id, MODEL, 12)
     assert await claims.publish(move(mover.peer_id))
-    later = Move(mover.peer_id, (0, 4), (8, 12), Urgency.SPEED, gain=2.0, steps_per_s=20.0)
+    later = Move(mover.peer_id, (0, 4), (8, 12), Urgency.SPEED, gain=2.0, steps_per_s=20.0, new_steps_per_s=20.0)
     assert await claims.publish(later)
     assert await MoveClaims(of_reader, reader.peer_id, MODEL, 12).alive() == [later]
     assert await MoveClaims(of_reader, reader.peer_id, MODEL, 13).alive() == []

@@ -111,6 +111,41 @@ async def test_a_swarm_balances_itself_and_a_client_notices_nothing(
     assert ids.tolist() == expected.tolist()
 
 
+async def test_who_has_more_in_memory_hosts_what_is_slowest_and_its_sessions_stay(
+    swarm: LocalSwarm, connect: Callable[..., Any], network: Network, tmp_path: Path
+) -> None:
+    model = save_deep_model(tmp_path, BLOCKS, seed=4)
+    for _ in range(2):
+        await asyncio.to_thread(swarm.start_server, model, "--blocks", f"0:{BLOCKS}", "--threads", "1")
+    one = await asyncio.to_thread(
+        swarm.start_server, model, "--threads", "1", "--rebalance-every", "1", "--claim-wait", "0.5"
+    )
+    assert one.ready is not None and (one.ready["start"], one.ready["end"]) == (0, BLOCKS)
+    session = connect(model, pinned_servers=[one.peer_id]).inference_session(max_length=16)
+    hidden_states = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(1))
+    outputs = [await asyncio.to_thread(session.step, hidden_states[:, :8])]
+
+    # Somebody comes to the first half: the other one is slowest now.
+    await asyncio.to_thread(swarm.start_server, model, "--blocks", f"0:{BLOCKS // 2}", "--threads", "1")
+
+    def has_changed(servers: Sequence[Announcement]) -> bool:
+        return any((server.peer_id, server.start) == (one.peer_id, BLOCKS // 2) for server in servers)
+
+    servers = await seen_until(network, model, has_changed)
+    said = next(server for server in servers if server.peer_id == one.peer_id)
+    assert (said.start, said.end, said.loaded, said.moves) == (BLOCKS // 2, BLOCKS, (0, BLOCKS), 0)
+    assert said.state is State.ONLINE and len(said.block_digests) == BLOCKS // 2
+    assert said.throughput == pytest.approx(2 * one.ready["throughput"])
+    for _ in range(8):
+        position = sum(output.shape[1] for output in outputs)
+        outputs.append(await asyncio.to_thread(session.step, hidden_states[:, position : position + 1]))
+    assert [leg.peer_id for leg in session.route] == [one.peer_id] and not session.recoveries
+    whole = load_whole_model(open_checkpoint(model))
+    expected = whole.model(inputs_embeds=hidden_states).last_hidden_state
+    assert torch.allclose(whole.model.norm(torch.cat(outputs, dim=1)), expected, atol=1e-5)
+    session.close()
+
+
 async def make_it_want_to_move(swarm: LocalSwarm, model: str, mover: LocalPeer) -> None:
     """Somebody else takes the blocks of `mover`, so that it is needed at the others, which have no server."""
     assert mover.ready is not None and (mover.ready["start"], mover.ready["end"]) == (0, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -22,7 +23,7 @@ def server(name: str, start: int, end: int, state: State = State.ONLINE, **chang
 
 
 def move(old: tuple[int, int], new: tuple[int, int], name: str = "me") -> Move:
-    return Move(name, old, new, Urgency.SPEED, 1.0, 10.0)
+    return Move(name, old, new, Urgency.SPEED, 1.0, 10.0, 10.0)
 
 
 def test_a_server_that_does_not_know_its_speed_is_taken_to_be_as_fast_as_the_others() -> None:
@@ -71,6 +72,15 @@ def test_a_block_that_only_the_mover_serves_is_not_interrupted_while_clients_nee
     others = [server("a", 0, 4), server("b", 6, 12)]
     assert not leaves_enough(move((4, 8), (5, 9)), others, BLOCKS)
     assert not leaves_enough(move((3, 7), (2, 6)), [*others, server("c", 6, 7)], BLOCKS)
+
+
+def test_who_hosts_another_part_of_the_same_keeps_what_nobody_else_serves() -> None:
+    def focus(new: tuple[int, int]) -> Move:
+        return replace(move((0, 8), new), is_focus=True)
+
+    others = [server("a", 0, 6, State.JOINING), server("b", 4, 8)]
+    assert leaves_enough(focus((0, 4)), others, BLOCKS)
+    assert not leaves_enough(focus((2, 8)), others, BLOCKS)
 
 
 def test_where_nobody_gets_through_anyway_only_what_is_given_up_needs_another_server() -> None:

@@ -6,10 +6,12 @@ from swarm.commands.swarm_picture import changes, coverage_strip, moves_between,
 from swarm.dht import Announcement, State
 
 
-def server(name: str, start: int, end: int, state: State = State.ONLINE) -> Announcement:
+def server(
+    name: str, start: int, end: int, state: State = State.ONLINE, loaded: tuple[int, int] | None = None
+) -> Announcement:
     return Announcement(
         peer_id=name, model="0" * 64, state=state, num_blocks=70, start=start, end=end, dtype="float32", throughput=1,
-        free_kv_tokens=1, version="0", issued_at=0, public_name=name,
+        free_kv_tokens=1, version="0", issued_at=0, public_name=name, loaded=loaded,
     )  # fmt: skip
 
 
@@ -40,3 +42,10 @@ def test_changes_are_told_one_by_one() -> None:
     ]
     assert moves_between(before, after) == 1
     assert changes(after, after) == []
+
+
+def test_who_hosts_another_part_of_what_it_has_loaded_has_not_moved() -> None:
+    before = [server("a", 0, 8), server("b", 4, 8, loaded=(0, 8))]
+    after = [server("a", 4, 8, loaded=(0, 8)), server("b", 0, 8)]
+    assert changes(before, after) == ["a hosts blocks 4–7 of 0–7", "b hosts blocks 0–7"]
+    assert moves_between(before, after) == 0

@@ -35,6 +35,10 @@ NOW = 1_700_000_000.0
 # computing
 
 
+def test_half_of_the_blocks_are_run_twice_as_often() -> None:
+    assert SPEED.of_part(0.5) == ComputeSpeed(1176.0, {1: 56.8, 4: 104.4, 16: 182.8})
+
+
 @pytest.mark.quiet
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "mistral", "mixtral", "gemma3_text", "falcon-alibi"])
 def test_every_phase_is_measured_on_every_kind_of_model(family: str, tmp_path: Path) -> None:

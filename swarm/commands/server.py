@@ -222,12 +222,13 @@ def _show_ready(announcement: Announcement, output: Output) -> None:
 
 
 def _show_move(announcement: Announcement, move: Move, output: Output) -> None:
+    done = "Of the blocks in memory, hosting now" if move.is_focus else "Moved to"
     output.say(
-        f"Moved from blocks {move.old[0]} to {move.old[1] - 1} to {move.reason}. "
+        f"{done} {move.reason} (before: {move.old[0]} to {move.old[1] - 1}). "
         f"Serving them at {announcement.throughput:.1f} steps/s."
     )
     output.event(
-        event="moved",
+        event="focused" if move.is_focus else "moved",
         old=list(move.old),
         new=list(move.new),
         urgency=move.urgency.name.lower(),
@@ -388,7 +389,8 @@ def _add_moving_arguments(parser: argparse.ArgumentParser) -> None:
     moving = parser.add_argument_group(
         "moving (with --blocks auto, or --role experts)",
         "The server moves to other blocks when these have no server, or a single one, or are the slowest by far. Its "
-        "sessions go on elsewhere, and it never leaves blocks that nobody else serves. Not with --offload. A server of "
+        "sessions go on elsewhere, and it never leaves blocks that nobody else serves. Where less will do, it hosts "
+        "another part of what it has in memory (unless --num-blocks says how many). Not with --offload. A server of "
         "experts that chose its own takes over experts that nobody hosts any more, in place of some that others host.",
     )
     moving.add_argument(

@@ -122,6 +122,7 @@ def _figures(outcome: Outcome, world: World) -> dict[str, float | int]:
         "uncovered_time_share": outcome.uncovered_share(begin_s, world.duration_s),
         "moves": len(outcome.moves_at_s),
         "moves_per_server_hour": outcome.moves_per_server_hour(begin_s, world.duration_s),
+        "focus_changes": len(outcome.refocused_at_s),
         "recovery_s": outcome.recovery_s(),
     }
 
@@ -136,6 +137,7 @@ def _show(figures: dict[str, float | int], world: World) -> None:
     table.add_row("time in which a block had no server", f"{figures['uncovered_time_share']:.2%}")
     table.add_row("moves per server and hour", f"{figures['moves_per_server_hour']:.2f}")
     table.add_row("moves, from the beginning", f"{figures['moves']:,}")
+    table.add_row("changes of focus, for which nothing is loaded", f"{figures['focus_changes']:,}")
     if world.mass_failure_at_s is not None:
         table.add_row("until every block had a server again", f"{figures['recovery_s']:.0f} s")
     Console().print(table)

@@ -35,7 +35,7 @@ def server_table(title: str, servers: Sequence[Announcement], num_blocks: int) -
     for server in servers:
         table.add_row(
             name_of(server),
-            f"{server.start}–{server.end - 1}",
+            _hosted(server),
             _bar(server.start, server.end, num_blocks),
             server.state.value,
             f"{server.throughput:.1f}",
@@ -101,6 +101,8 @@ def changes(before: Sequence[Announcement], after: Sequence[Announcement]) -> li
         blocks, old = f"blocks {server.start}–{server.end - 1}", known.get(peer_id)
         if old is None:
             lines.append(f"{name_of(server)} has come: {blocks}, {server.state.value}")
+        elif old.in_memory == server.in_memory and (old.start, old.end) != (server.start, server.end):
+            lines.append(f"{name_of(server)} hosts blocks {_hosted(server)}")
         elif (old.start, old.end) != (server.start, server.end):
             lines.append(f"{name_of(server)} moves from blocks {old.start}–{old.end - 1} to {blocks}")
         elif old.state is not server.state:
@@ -110,9 +112,15 @@ def changes(before: Sequence[Announcement], after: Sequence[Announcement]) -> li
 
 
 def moves_between(before: Sequence[Announcement], after: Sequence[Announcement]) -> int:
-    """How many servers host other blocks than at the last look."""
-    spans = {one.peer_id: (one.start, one.end) for one in before}
-    return sum(spans.get(one.peer_id, (one.start, one.end)) != (one.start, one.end) for one in after)
+    """How many servers have loaded other blocks than at the last look, or are loading them."""
+    spans = {one.peer_id: one.in_memory for one in before}
+    return sum(spans.get(one.peer_id, one.in_memory) != one.in_memory for one in after)
+
+
+def _hosted(server: Announcement) -> str:
+    """``0–9``, or ``0–9 of 0–19`` if more is in memory."""
+    text = f"{server.start}–{server.end - 1}"
+    return f"{text} of {server.loaded[0]}–{server.loaded[1] - 1}" if server.loaded else text
 
 
 def _bar(start: int, end: int, num_blocks: int, width: int = 24) -> str:

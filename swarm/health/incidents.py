@@ -91,6 +91,11 @@ def hosted_text(hosted: Announcement | ExpertAnnouncement) -> str:
     return f"{count} expert{'s' if count > 1 else ''} of {name_blocks(blocks) if len(runs(blocks)) < 3 else 'blocks'}"
 
 
+def _is_focus(old: Announcement | ExpertAnnouncement, new: Announcement | ExpertAnnouncement) -> bool:
+    """Whether what is hosted can only be another part of the same: nobody need take notice."""
+    return isinstance(old, Announcement) and isinstance(new, Announcement) and old.in_memory == new.in_memory
+
+
 def _server_news(old: ServerRecord | None, new: ServerRecord) -> tuple[Kind, str] | None:
     hosted = hosted_text(new.announcement)
     if old is None:
@@ -103,6 +108,8 @@ def _server_news(old: ServerRecord | None, new: ServerRecord) -> tuple[Kind, str
         if not old.condition.is_present:
             return Kind.SERVER_RETURNED, f"{new.name} is back with {hosted}."
     was = hosted_text(old.announcement)
+    if _is_focus(old.announcement, new.announcement):
+        return None
     if was != hosted and new.condition.is_present:
         return Kind.SERVER_MOVED, f"{new.name} moved from {was} to {hosted}."
     return None

@@ -48,3 +48,27 @@ class Capacity:
     def steps_per_s(self, blocks: int) -> float:
         """Decode steps per second through a span of so many blocks."""
         return min(self.block_steps_per_s / max(blocks, 1), self.network_steps_per_s)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a server has in memory: it may host any part of it, and another part a moment later."""
+
+    start: int
+    end: int
+    capacity: Capacity
+
+    @classmethod
+    def just(cls, hosting: Hosting) -> Loaded:
+        """No more than what is hosted, and that whole."""
+        speed = hosting.steps_per_s * hosting.length
+        return cls(hosting.start, hosting.end, Capacity(hosting.length, speed))
+
+    @property
+    def span(self) -> Span:
+        return self.start, self.end
+
+    @property
+    def length(self) -> int:
+        """How many blocks they are."""
+        return self.end - self.start

@@ -1,22 +1,22 @@
-"""Whether a server should host other blocks than it does, and whose turn it is to move."""
+"""Whether a server should host other blocks than it does."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 import numpy as np
 
 from swarm.placement.coverage import Counts, Coverage, Flags, Quality
-from swarm.placement.hosting import Hosting, Span
+from swarm.placement.focus import FocusPolicy, better_focus
+from swarm.placement.hosting import Hosting, Loaded, Span
 from swarm.placement.join import best_of
 from swarm.placement.tiles import tile_starts
 
 
 class Urgency(IntEnum):
-    """What a move is good for."""
+    """What a change is good for."""
 
     SPEED = 0
     SECOND_SERVER = 1
@@ -38,19 +38,21 @@ class MovePolicy:
     least_gain: float = 0.5
     """It must raise the bottleneck by this share of what such a span adds to the mean block, at least; that of a slow
     server by this share of what it would add if the server were as fast as others."""
-    least_share: float = 0.02
-    """And by this share of what it is: in a large swarm no move of one server is worth the trouble of its sessions, and
-    the next that joins does as much good without."""
+    least_share: float = 0.1
+    """And by this share of what it is: for less, a change of focus does, or the next server that joins, and no session
+    has to be moved."""
     least_doubled: float = 0.25
     """A move only to give blocks their second server must do so for this share of the model, at least. Simulated swarms
     of 10 servers were no more often without a block when they moved for fewer."""
     at_once: float = 0.05
-    """So many of all servers may be moving at the same time; one at least."""
+    """So many of all servers may be changing at the same time; one at least."""
+    focus: FocusPolicy = field(default_factory=FocusPolicy)
+    """What is enough to host another part of what is loaded already, for which nobody waits."""
 
 
 @dataclass(frozen=True)
 class Move:
-    """A server gives up one span for another."""
+    """A server gives up one span for another, which it has to load, or (a change of focus) has loaded already."""
 
     peer_id: str
     old: Span
@@ -59,7 +61,11 @@ class Move:
     gain: float
     """By how many steps per second the swarm becomes faster."""
     steps_per_s: float
-    """Through the span, of this server."""
+    """Through the span that it gives up, of this server."""
+    new_steps_per_s: float
+    """Through the other one."""
+    is_focus: bool = False
+    """Nothing has to be loaded."""
 
     @property
     def reason(self) -> str:
@@ -74,7 +80,11 @@ class Move:
 
 
 def wanted_move(
-    me: Hosting, others: Iterable[Hosting], num_blocks: int, policy: MovePolicy = MovePolicy()
+    me: Hosting,
+    others: Iterable[Hosting],
+    num_blocks: int,
+    policy: MovePolicy = MovePolicy(),
+    loaded: Loaded | None = None,
 ) -> Move | None:
     """The move of `me` that makes the swarm better by more than it costs; None if there is none.
 
@@ -82,18 +92,58 @@ def wanted_move(
 
     Args:
         others: who is there, or joining, with what they claim to move to.
+        loaded: what `me` has loaded, of which it may host any part; None: what it hosts, and no less.
     """
     there = sorted((one for one in others if one.peer_id != me.peer_id), key=lambda one: one.peer_id)
-    return wanted_over(me, Coverage.of(there, num_blocks), policy, there)
+    return wanted_over(me, Coverage.of(there, num_blocks), policy, there, loaded)
 
 
 def wanted_over(
-    me: Hosting, coverage: Coverage, policy: MovePolicy = MovePolicy(), others: Sequence[Hosting] = ()
+    me: Hosting,
+    coverage: Coverage,
+    policy: MovePolicy = MovePolicy(),
+    others: Sequence[Hosting] = (),
+    loaded: Loaded | None = None,
 ) -> Move | None:
     """Likewise; `coverage` is that of all others, who need be named only if `me` knows its ways to them."""
+    focus = _wanted_focus(me, loaded, coverage, policy) if loaded is not None else None
+    if focus is not None and focus.urgency is Urgency.FIRST_SERVER:
+        return focus
+    move = _wanted_load(me, whole(me, loaded), coverage, policy, others)
+    return move if move is not None and (focus is None or move.urgency > focus.urgency) else focus
+
+
+def whole(me: Hosting, loaded: Loaded | None) -> Hosting:
+    """`me` as it would be if it hosted all that it has loaded."""
+    if loaded is None or loaded.span == me.span:
+        return me
+    steps_per_s = loaded.capacity.steps_per_s(loaded.length)
+    return replace(me, start=loaded.start, end=loaded.end, steps_per_s=steps_per_s)
+
+
+def _wanted_focus(me: Hosting, loaded: Loaded, coverage: Coverage, policy: MovePolicy) -> Move | None:
+    found = better_focus(me, loaded, coverage, policy.focus)
+    if found is None:
+        return None
+    focus, now = found
+    urgency = _urgency(now, focus.quality, least_doubled=1)
+    assert urgency is not None
+    gain = focus.quality.bottleneck - now.bottleneck
+    return Move(me.peer_id, me.span, focus.span, urgency, gain, me.steps_per_s, focus.steps_per_s, is_focus=True)
+
+
+def _wanted_load(
+    now: Hosting, me: Hosting, coverage: Coverage, policy: MovePolicy, others: Sequence[Hosting]
+) -> Move | None:
+    """A move to blocks that have to be loaded.
+
+    Args:
+        now: what is hosted at the moment.
+        me: what could be hosted without a move.
+    """
     if _is_of_no_account(me, coverage, policy):
         return None
-    allowed = _allowed_starts(me, coverage)
+    allowed = allowed_starts(me, coverage)
     if not allowed.any():
         return None
     qualities = coverage.qualities_with(me.length, me.steps_per_s)
@@ -106,70 +156,9 @@ def wanted_over(
     if urgency is Urgency.SPEED and not _is_worth_it(stay, there, coverage.quality(), me, coverage, policy):
         return None
     gain = there.bottleneck - stay.bottleneck
-    return Move(me.peer_id, me.span, (start, start + me.length), urgency, gain, me.steps_per_s)
-
-
-def may_move(
-    move: Move, claims: Iterable[Move], hostings: Iterable[Hosting], num_blocks: int, policy: MovePolicy = MovePolicy()
-) -> bool:
-    """Whether `move` may begin now, of all that are claimed at this time.
-
-    Claims have an order that is the same for everybody: the most urgent first. A move may begin if it is among the
-    first few, and would still be wanted, and harm nobody, when all those before it have left where they are and arrived
-    where they go.
-
-    Args:
-        claims: of others; what their owners say is checked by these themselves.
-        hostings: everybody, the mover as well.
-    """
-    there = {one.peer_id: one for one in hostings}
-    me = there.pop(move.peer_id, None)
-    if me is None:
-        return False
-    others = sorted(there.values(), key=lambda one: one.peer_id)
-    believed = [one for one in claims if one.peer_id in there and there[one.peer_id].span == one.old]
-    return may_move_over(move, me, believed, Coverage.of(others, num_blocks), len(there) + 1, policy, others)
-
-
-def may_move_over(
-    move: Move,
-    me: Hosting,
-    claims: Iterable[Move],
-    coverage: Coverage,
-    servers: int,
-    policy: MovePolicy = MovePolicy(),
-    others: Sequence[Hosting] = (),
-) -> bool:
-    """Likewise.
-
-    Args:
-        claims: by servers that host what they claim to leave.
-        coverage: that of all others.
-        servers: how many there are.
-        others: need be named only if `me` knows its ways to them.
-    """
-    before = [one for one in claims if one.peer_id != move.peer_id and goes_before(one, move)]
-    if len(before) >= max(1, int(policy.at_once * servers)):
-        return False
-    meanwhile = coverage.copy()
-    for claim in before:
-        meanwhile.remove(claim.old, claim.steps_per_s)
-    if not _allowed_starts(me, meanwhile)[move.new[0]]:
-        return False
-    for claim in before:
-        meanwhile.add(claim.new, claim.steps_per_s)
-    gone_to = {claim.peer_id: claim.new for claim in before}
-    arrived = [
-        replace(one, start=gone_to[one.peer_id][0], end=gone_to[one.peer_id][1]) if one.peer_id in gone_to else one
-        for one in others
-    ]
-    again = wanted_over(me, meanwhile, policy, arrived)
-    return again is not None and again.new == move.new
-
-
-def goes_before(one: Move, other: Move) -> bool:
-    """Whether `one` comes first, of two moves that are claimed at the same time."""
-    return _order(one) < _order(other)
+    return Move(
+        me.peer_id, now.span, (start, start + me.length), urgency, gain, now.steps_per_s, me.steps_per_s
+    )  # fmt: skip
 
 
 def _is_of_no_account(me: Hosting, coverage: Coverage, policy: MovePolicy) -> bool:
@@ -178,7 +167,7 @@ def _is_of_no_account(me: Hosting, coverage: Coverage, policy: MovePolicy) -> bo
     return bool(coverage.servers.min() >= 2) and coverage.gains_at_most(me.steps_per_s) < enough
 
 
-def _allowed_starts(me: Hosting, coverage: Coverage) -> Flags:
+def allowed_starts(me: Hosting, coverage: Coverage) -> Flags:
     """Where `me` could go without taking from any block its last server, or its second without need; ``[starts]``.
 
     While it loads, it serves nothing, also not those blocks that it hosts before and after. That does no harm only
@@ -221,7 +210,3 @@ def _is_worth_it(
     adds = max(me.steps_per_s, coverage.usual_steps_per_s()) * me.length / coverage.num_blocks
     least = max(policy.least_gain * adds, policy.least_share * stay.bottleneck)
     return gain >= least and gain * policy.horizon_s >= policy.margin * lost
-
-
-def _order(move: Move) -> tuple[float, float, bytes]:
-    return -move.urgency, -move.gain, hashlib.sha256(move.peer_id.encode()).digest()

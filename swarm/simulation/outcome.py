@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 
@@ -24,6 +24,8 @@ class Sample:
     """Through the mean block: no placement of the same spans can be faster."""
     moves: int
     """So far."""
+    blocks_each: float = 0.0
+    """That a server hosts, on average."""
 
     @property
     def share_of_bound(self) -> float:
@@ -39,11 +41,12 @@ class Outcome:
     uncovered_from_to_s: list[tuple[float, float]] = field(default_factory=list)
     """The times at which some block had no server."""
     mass_failure_at_s: float | None = None
+    refocused_at_s: list[float] = field(default_factory=list)
+    """When servers changed which part of what they had loaded they host: nothing is loaded, no session is moved."""
 
     def share_of_bound(self, begin_s: float, end_s: float) -> float:
         """The mean between two moments."""
-        shares = [one.share_of_bound for one in self._between(begin_s, end_s)]
-        return statistics.fmean(shares) if shares else 0.0
+        return _mean(one.share_of_bound for one in self._between(begin_s, end_s))
 
     def uncovered_share(self, begin_s: float, end_s: float) -> float:
         """The share of time, between two moments, in which some block had no server."""
@@ -54,10 +57,17 @@ class Outcome:
 
     def moves_per_server_hour(self, begin_s: float, end_s: float) -> float:
         """Between two moments."""
-        servers = [one.servers for one in self._between(begin_s, end_s)]
-        hours = (end_s - begin_s) / 3600 * (statistics.fmean(servers) if servers else 0.0)
+        hours = (end_s - begin_s) / 3600 * _mean(one.servers for one in self._between(begin_s, end_s))
         moves = sum(begin_s <= at_s < end_s for at_s in self.moves_at_s)
         return moves / hours if hours else 0.0
+
+    def steps_per_s(self, begin_s: float, end_s: float) -> float:
+        """Through the slowest block, the mean between two moments."""
+        return _mean(one.steps_per_s for one in self._between(begin_s, end_s))
+
+    def blocks_each(self, begin_s: float, end_s: float) -> float:
+        """That a server hosts, the mean between two moments."""
+        return _mean(one.blocks_each for one in self._between(begin_s, end_s))
 
     def recovery_s(self) -> float:
         """From the mass failure until every block had a server again; 0: none was without."""
@@ -68,3 +78,8 @@ class Outcome:
 
     def _between(self, begin_s: float, end_s: float) -> Sequence[Sample]:
         return [one for one in self.samples if begin_s <= one.at_s < end_s]
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return statistics.fmean(found) if found else 0.0

@@ -9,10 +9,11 @@ from typing import Protocol
 
 import numpy as np
 
-from swarm.placement import Capacity, Coverage, Hosting, Move, MovePolicy, Span
+from swarm.placement import Capacity, Coverage, Hosting, Loaded, Move, MovePolicy, Span
 from swarm.placement.join import best_start, blocks_to_host, settle_over
-from swarm.placement.moves import Urgency, may_move_over, wanted_over
+from swarm.placement.moves import Urgency, wanted_over
 from swarm.placement.tiles import tile_starts
+from swarm.placement.turns import may_move_over
 
 
 class Strategy(Protocol):
@@ -30,10 +31,14 @@ class Strategy(Protocol):
     def settle(self, me: Hosting, joining: Sequence[Hosting], coverage: Coverage) -> Span:
         """Where it really goes, once it sees who else is joining; `coverage` is without these."""
 
-    def wants(self, me: Hosting, coverage: Coverage, servers: Collection[Hosting], random: Random) -> Move | None:
+    def wants(
+        self, me: Hosting, loaded: Loaded, coverage: Coverage, servers: Collection[Hosting], random: Random
+    ) -> Move | None:
         """The move that it would make; `servers` are all that are seen."""
 
-    def may(self, move: Move, me: Hosting, claims: Sequence[Move], coverage: Coverage, servers: int) -> bool:
+    def may(
+        self, move: Move, me: Hosting, loaded: Loaded, claims: Sequence[Move], coverage: Coverage, servers: int
+    ) -> bool:
         """Whether it is its turn."""
 
 
@@ -54,11 +59,15 @@ class Ours:
     def settle(self, me: Hosting, joining: Sequence[Hosting], coverage: Coverage) -> Span:
         return settle_over(me, joining, coverage, tiles=True)
 
-    def wants(self, me: Hosting, coverage: Coverage, servers: Collection[Hosting], random: Random) -> Move | None:
-        return wanted_over(me, coverage, self._policy)
+    def wants(
+        self, me: Hosting, loaded: Loaded, coverage: Coverage, servers: Collection[Hosting], random: Random
+    ) -> Move | None:
+        return wanted_over(me, coverage, self._policy, loaded=loaded)
 
-    def may(self, move: Move, me: Hosting, claims: Sequence[Move], coverage: Coverage, servers: int) -> bool:
-        return may_move_over(move, me, claims, coverage, servers, self._policy)
+    def may(
+        self, move: Move, me: Hosting, loaded: Loaded, claims: Sequence[Move], coverage: Coverage, servers: int
+    ) -> bool:
+        return may_move_over(move, me, claims, coverage, servers, self._policy, loaded=loaded)
 
 
 class Alone:
@@ -73,10 +82,14 @@ class Alone:
     def settle(self, me: Hosting, joining: Sequence[Hosting], coverage: Coverage) -> Span:
         return me.span
 
-    def wants(self, me: Hosting, coverage: Coverage, servers: Collection[Hosting], random: Random) -> Move | None:
+    def wants(
+        self, me: Hosting, loaded: Loaded, coverage: Coverage, servers: Collection[Hosting], random: Random
+    ) -> Move | None:
         return None
 
-    def may(self, move: Move, me: Hosting, claims: Sequence[Move], coverage: Coverage, servers: int) -> bool:
+    def may(
+        self, move: Move, me: Hosting, loaded: Loaded, claims: Sequence[Move], coverage: Coverage, servers: int
+    ) -> bool:
         return True
 
 
@@ -107,7 +120,9 @@ class PetalsRule(Alone):
     _ROUNDS = 20
     """It would go on for ever where servers go round in circles; that was not seen within so many rounds."""
 
-    def wants(self, me: Hosting, coverage: Coverage, servers: Collection[Hosting], random: Random) -> Move | None:
+    def wants(
+        self, me: Hosting, loaded: Loaded, coverage: Coverage, servers: Collection[Hosting], random: Random
+    ) -> Move | None:
         others, now = coverage.steps_per_s, coverage.steps_per_s.copy()
         now[me.start : me.end] += me.steps_per_s
         slowest = float(now.min())
@@ -121,7 +136,7 @@ class PetalsRule(Alone):
         possible = self._possible(me, new, servers, coverage.num_blocks, random)
         if possible < max(slowest, self._HARDLY_MORE) or slowest >= (self._QUALITY - self._HARDLY_MORE) * possible:
             return None
-        return Move(me.peer_id, me.span, new, Urgency.SPEED, 0.0, me.steps_per_s)
+        return Move(me.peer_id, me.span, new, Urgency.SPEED, 0.0, me.steps_per_s, me.steps_per_s)
 
     def _possible(self, me: Hosting, new: Span, servers: Collection[Hosting], num_blocks: int, random: Random) -> float:
         """The bottleneck after `me` and then everybody has moved greedily."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from swarm.placement import Coverage, Hosting, Move, Span
+from swarm.placement import Capacity, Coverage, Hosting, Loaded, Move, Span
 from swarm.simulation.outcome import Outcome, Sample
 from swarm.simulation.strategies import Strategy
 from swarm.simulation.world import World
@@ -25,8 +25,11 @@ _ALARM_S = 10.0
 class _Server:
     peer_id: str
     region: int
+    capacity: Capacity
     span: Span
+    """What it hosts: what it has loaded, or a part of that."""
     steps_per_s: float
+    loaded: Loaded
     is_serving: bool = False
     is_settled: bool = False
     is_moving: bool = False
@@ -96,7 +99,8 @@ class _Swarm:
         life_s, crashes = nature.expovariate(1 / world.mean_life_s), nature.random() < world.crashes
         span = self._strategy.join(self._seen, capacity, self._random)
         steps_per_s = capacity.steps_per_s(span[1] - span[0])
-        server = _Server(f"peer{next(self._number):08d}", region, span, steps_per_s)
+        loaded = Loaded(*span, capacity)
+        server = _Server(f"peer{next(self._number):08d}", region, capacity, span, steps_per_s, loaded)
         self._servers[server.peer_id] = server
         self._announce(server, joining=True)
         self._after(_SETTLE_VIEWS * world.view_delay_s, lambda: self._settle(server))
@@ -118,6 +122,7 @@ class _Swarm:
 
     def _load(self, server: _Server) -> None:
         span = server.span
+        server.loaded = Loaded(*span, server.capacity)
 
         def loaded() -> None:
             if not server.is_gone and server.span == span:
@@ -149,7 +154,7 @@ class _Swarm:
         if server.is_gone or server.is_moving or server.is_cut_off or not server.is_serving:
             return
         move = self._strategy.wants(
-            server.hosting, self._seen_without(server), self._seen_hostings.values(), self._random
+            server.hosting, server.loaded, self._seen_without(server), self._seen_hostings.values(), self._random
         )  # fmt: skip
         if move is None:
             return
@@ -164,7 +169,7 @@ class _Swarm:
         claims = [one for one in self._seen_claims.values() if one.peer_id != server.peer_id and self._is_there(one)]
         coverage = self._seen_without(server)
         may = not server.is_gone and self._strategy.may(
-            move, server.hosting, claims, coverage, len(self._seen_hostings)
+            move, server.hosting, server.loaded, claims, coverage, len(self._seen_hostings)
         )  # fmt: skip
         if may:
             self._begin(server, move)
@@ -180,16 +185,26 @@ class _Swarm:
         return seen is not None and seen.span == claim.old
 
     def _begin(self, server: _Server, move: Move) -> None:
+        if move.is_focus:
+            self._refocus(server, move)
+            return
         self._outcome.moves_at_s.append(self._now_s)
-        self._announce_at(server, move.new)
+        self._announce_at(server, move.new, move.new_steps_per_s)
 
         def drained() -> None:
             if not server.is_gone:
                 self._stop_serving(server)
-                server.span = move.new
+                server.span, server.steps_per_s = move.new, move.new_steps_per_s
                 self._load(server)
 
         self._after(_DRAIN_S, drained)
+
+    def _refocus(self, server: _Server, move: Move) -> None:
+        self._outcome.refocused_at_s.append(self._now_s)
+        self._stop_serving(server)
+        server.span, server.steps_per_s, server.is_moving = move.new, move.new_steps_per_s, False
+        self._serve(server)
+        self._announce(server, joining=False)
 
     # --- what befalls many
 
@@ -229,10 +244,10 @@ class _Swarm:
                 self._coverage_changed()
 
     def _announce(self, server: _Server, *, joining: bool) -> None:
-        self._announce_at(server, server.span, joining=joining)
+        self._announce_at(server, server.span, server.steps_per_s, joining=joining)
 
-    def _announce_at(self, server: _Server, span: Span, *, joining: bool = False) -> None:
-        hosting = Hosting(server.peer_id, *span, server.steps_per_s)
+    def _announce_at(self, server: _Server, span: Span, steps_per_s: float, *, joining: bool = False) -> None:
+        hosting = Hosting(server.peer_id, *span, steps_per_s)
 
         def seen() -> None:
             if server.is_gone:
@@ -278,15 +293,17 @@ class _Swarm:
 
     def _sample(self) -> None:
         serving, servers = self._serving, self._serving.servers
+        count = sum(one.is_serving for one in self._servers.values())
         self._outcome.samples.append(
             Sample(
                 self._now_s,
-                sum(one.is_serving for one in self._servers.values()),
+                count,
                 int((servers == 0).sum()),
                 int((servers < 2).sum()),
                 float(serving.steps_per_s.min()),
                 float(serving.steps_per_s.mean()),
                 len(self._outcome.moves_at_s),
+                float(servers.sum()) / max(1, count),
             )
         )
         self._on_time(self._now_s)
