@@ -11,8 +11,8 @@ lives and deaths.
 spans can exceed, averaged over minutes 17 to 40, and over 43 to 60 (*after* the failure). *Ours* is `swarm.placement`;
 *Petals' rule* is written anew from its description: newcomers take the worst window, and a server moves by itself if
 the swarm reaches less than 0.75 of what greedy moves of everybody would reach; *greedy* joins likewise and never moves;
-*random* joins anywhere. *Moves* (after which a server has to load) count from the first minute to the last, as do *focus
-changes*: a server hosts another part of what it has loaded, at once, and no session has to leave it.
+*random* joins anywhere. *Moves*, after which a server has to load, count from the first minute to the last, as do
+*focus changes*: a server hosts another part of what it has loaded, at once, and no session has to leave it.
 
 *Moves alone* and *focus alone* are ours without the one or the other: with 10 and 100 servers.
 

@@ -63,7 +63,7 @@ def hosts_of(number: int, model: str, experts: dict[int, Sequence[int]], **chang
 
 
 def crowd(servers: int, models: int, blocks: int) -> list[Announcement]:
-    """`servers` of each model, each with an eighth of it, everything covered."""
+    """`servers` of each model, each with an eighth of it, some with more in memory, everything covered."""
     length = max(1, blocks // 8)
     return [
         span(
@@ -74,6 +74,7 @@ def crowd(servers: int, models: int, blocks: int) -> list[Announcement]:
             if number >= 8
             else min(number * length, blocks - length),
             start + length,
+            loaded=(max(0, start - length), start + length) if number % 5 == 4 and start > 0 else None,
             public_name=_NAMES[number % len(_NAMES)] if number % 3 == 0 else "",
         )
         for model in range(models)

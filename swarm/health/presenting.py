@@ -152,6 +152,7 @@ def server_view(record: ServerRecord) -> ServerView:
         seen_since=record.first_seen,
         start=start,
         end=end,
+        loaded=said.loaded if isinstance(said, Announcement) else None,
         experts=experts,
         precision=_one_line(precision),
         steps_per_s=steps,

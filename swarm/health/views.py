@@ -71,6 +71,7 @@ class ServerView(View):
     seen_since: UnixTime = Field(description="When this dashboard first saw it, since it was last forgotten")
     start: int | None = Field(description="It hosts the blocks [start, end); null for a server of experts")
     end: int | None
+    loaded: tuple[int, int] | None = Field(description="All blocks in its memory, if they are more")
     experts: dict[int, int] = Field(description="Of a server of experts: how many it hosts, by block")
     precision: str
     steps_per_s: float | None = Field(description="Through its whole span, one sequence; by its own measurement")

@@ -2,7 +2,7 @@
 
 import { h } from "./dom.js";
 import { figure, incidentList, stateWord } from "./pieces.js";
-import { count, dayOf, duration, hosted, rate, timeOfDay } from "./words.js";
+import { count, dayOf, duration, hosted, inMemory, rate, timeOfDay } from "./words.js";
 
 export const everyMs = 1500;
 export const load = (id, context) => context.fetchJson(`/api/v1/servers/${encodeURIComponent(id)}`);
@@ -31,7 +31,7 @@ function hostSection(server, context) {
     h("h2", {}, "Hosts"),
     h("p", { class: "lede" }, stateWord(server.condition), ` for ${duration(context.now() - server.since)} · `,
       h("a", { href: `#/models/${encodeURIComponent(server.model)}` }, model?.name ?? "a model"),
-      server.start !== null ? `, blocks ${hosted(server)}${model ? ` of ${model.num_blocks}` : ""}` : `, ${hosted(server)}`),
+      server.start !== null ? `, blocks ${hosted(server)}${model ? ` of ${model.num_blocks}` : ""}${inMemory(server)}` : `, ${hosted(server)}`),
     h("dl", { class: "figures large" },
       server.steps_per_s !== null ? figure("speed", rate(server.steps_per_s), "steps/s") : figure("speed", rate(server.rows_per_s), "rows/s"),
       figure(server.start !== null ? "sessions" : "calls", count(server.sessions)),

@@ -30,6 +30,9 @@ export function duration(seconds) {
 
 export const plural = (number, word) => `${whole.format(number)} ${word}${number === 1 ? "" : "s"}`;
 
+/** What a server has loaded besides what it hosts: it may host that a moment later. */
+export const inMemory = (server) => server.loaded ? ` (${server.loaded[0]}–${server.loaded[1] - 1} in memory)` : "";
+
 export function hosted(server) {
   if (server.start !== null) return server.end - server.start === 1 ? `${server.start}` : `${server.start}–${server.end - 1}`;
   const blocks = Object.keys(server.experts);
