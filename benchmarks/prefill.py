@@ -7,7 +7,8 @@ SmolLM2-135M in fp32 on two servers of 15 blocks, one computing thread each; the
 - `gap_p95_growth`: eight users decode, and somebody's prompt of 1,024 tokens comes. The 95th percentile of the gaps
   between their tokens while it is computed, over that of the seconds before and after it.
 - `shared_prefix_compute`: 16 users ask different questions after the same 512 tokens, all at once. The time of the
-  servers' processors until everybody has a first token, over that for one such prompt by itself. (`…_by_timings`: the
+  servers' processors until everybody has a first token, over that for one such prompt by itself; both several times, in
+  turns, each time with other prompts: medians. (`…_by_timings`: the
   same as every step's timings say; their clock goes on while a server waits for a core that the users' threads have.)
 
 `identical`: all answers are the local model's.
@@ -167,19 +168,23 @@ def _shared_prefix(arena: Arena, servers: list[psutil.Process], compared: int) -
         answer_together(arena.remote, some, 1)
         return _processor_s(servers) - before
 
-    one = users(arena.tokens(f"Alone. {_OTHER_TEXT}", _LENGTH))[:1]
-    sharing = users(arena.tokens(_OTHER_TEXT, _LENGTH))
-    one_s, total_s = prefill(one), prefill(sharing)
-    noted = sum(user.prefill_compute_s for user in sharing) / one[0].prefill_compute_s
-    arena.report.progress(
-        f"a shared prefix: {one_s:.2f} s of processors for one user, {total_s:.2f} s for {_SHARING}; "
-        f"{noted:.2f} times as much as steps' timings say"
-    )
+    ones_s, totals_s, noted = [], [], []
+    for number in range(3 if arena.report.quick else 9):
+        one = users(arena.tokens(f"Alone {number}. {_OTHER_TEXT}", _LENGTH))[:1]
+        sharing = users(arena.tokens(f"Together {number}. {_OTHER_TEXT}", _LENGTH))
+        ones_s.append(prefill(one))
+        totals_s.append(prefill(sharing))
+        noted.append(sum(user.prefill_compute_s for user in sharing) / one[0].prefill_compute_s)
+        arena.report.progress(
+            f"a shared prefix: {ones_s[-1]:.2f} s of processors for one user, {totals_s[-1]:.2f} s for {_SHARING}; "
+            f"{noted[-1]:.2f} times as much as steps' timings say"
+        )
+    one_s, total_s = statistics.median(ones_s), statistics.median(totals_s)
     answer_together(arena.remote, sharing, 4)
     return {
         "identical": all(user.ids == arena.local_answer(user.prompt, 4) for user in sharing[:compared]),
         "shared_prefix_compute": total_s / one_s,
-        "shared_prefix_compute_by_timings": noted,
+        "shared_prefix_compute_by_timings": statistics.median(noted),
         "shared_prefix_compute_s": total_s,
         "one_prefix_compute_s": one_s,
         "shared_prefix_compared": compared,

@@ -50,7 +50,7 @@ class Network:
         key = (checkpoint.model_digest, dtype)
         if key not in self._views:
             self._views[key] = ServerView(self._node, self._directory, checkpoint, dtype, self._settings)
-        session = Session(self._node, self._views[key], checkpoint, self._settings, max_length)
+        session = Session(self._node, self._views[key], checkpoint, dtype, self._settings, max_length)
         self._sessions.add(session)
         return session
 

@@ -24,6 +24,7 @@ from swarm.errors import (
     REMOTE_ERRORS,
     CacheFull,
     ExpertsMissing,
+    Forgotten,
     NoRoom,
     NoRoute,
     PeerError,
@@ -45,6 +46,7 @@ from swarm.protocol.routed_session import (
     RoutedSession,
     ToHop,
 )
+from swarm.protocol.tensors import DTYPES
 from swarm.routing import PROFILES, Leg, Profile
 from swarm.transport.node import Node
 from swarm.transport.watched_stream import WatchedStream
@@ -92,7 +94,13 @@ class Session:
     """
 
     def __init__(
-        self, node: Node, view: ServerView, checkpoint: Checkpoint, settings: ClientSettings, max_length: int
+        self,
+        node: Node,
+        view: ServerView,
+        checkpoint: Checkpoint,
+        dtype: str,
+        settings: ClientSettings,
+        max_length: int,
     ) -> None:
         self._node, self._view, self._checkpoint, self._settings = node, view, checkpoint, settings
         self._max_length = max_length
@@ -104,6 +112,7 @@ class Session:
             chain=settings.chain,
             standbys=settings.redundancy > 1,
             codec=settings.activation_codec,
+            dtype=DTYPES[dtype],
         )
         self._position = 0
         self._batch = 0
@@ -458,6 +467,7 @@ class Session:
                 codec=settings.activation_codec,
                 allow_degraded=settings.allow_degraded,
                 is_last=place.end == self._checkpoint.num_blocks,
+                prefix=list(action.prefix),
             )
         )
         self._streams[action.hop] = (stream, self._errand(self._keep(action.hop, stream)))
@@ -479,7 +489,7 @@ class Session:
         try:
             await stream.run(heard)
         except (PeerError, RemoteError) as error:
-            if not isinstance(error, (CacheFull, ExpertsMissing)):  # that one is well
+            if not isinstance(error, (CacheFull, ExpertsMissing, Forgotten)):  # that one is well
                 logger.info("lost %s: %s", stream.peer_id, error)
                 self._view.penalize(stream.peer_id, error)
             if isinstance(error, ExpertsMissing):  # another server would not find them, either

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,6 +18,10 @@ from swarm.protocol.served_session import Spent
 from swarm.server.schedule import Waiting, choose, may_grow
 
 logger = logging.getLogger(__name__)
+
+_EXPECTED_WITHIN_S = 0.15
+_PATIENCE_S = 0.01
+"""For those who are expected: from one arrival to the next."""
 
 T = TypeVar("T")
 W = TypeVar("W")
@@ -56,6 +60,7 @@ class ComputeThread:
         self._watchers: list[asyncio.Future[str]] = []
         self._experts_s = 0.0
         self._company = Company()
+        self._expected: dict[object, float] = {}  # who is about to come with short work, until when (time.monotonic())
         self.last_short_at = float("-inf")
         self._thread = threading.Thread(target=self._work_or_fail, name="compute", daemon=True)
         self._thread.start()
@@ -76,11 +81,16 @@ class ComputeThread:
         return await self.begin(work, run, waiting)
 
     def begin(
-        self, work: W, run: Callable[[Sequence[W]], Sequence[T | Exception]], waiting: Waiting
+        self,
+        work: W,
+        run: Callable[[Sequence[W]], Sequence[T | Exception]],
+        waiting: Waiting,
+        whose: Hashable = None,
     ) -> asyncio.Future[tuple[T, Spent]]:
-        """Likewise, without waiting for the result."""
+        """Likewise, without waiting for the result; `whose` work it is, if it was expected."""
         future: asyncio.Future[tuple[T, Spent]] = asyncio.get_running_loop().create_future()
         with self._changed:
+            self._expected.pop(whose, None)
             if self._failure is None:
                 self._jobs.append(_Job(waiting, work, run, future, time.perf_counter()))
                 self._changed.notify()
@@ -93,6 +103,11 @@ class ComputeThread:
         with self._changed:
             self._soon.append(errand)
             self._changed.notify()
+
+    def expect(self, whom: Hashable) -> None:
+        """Somebody's short work is about to come: others are to wait a moment for it."""
+        with self._changed:
+            self._expected[whom] = time.monotonic() + _EXPECTED_WITHIN_S
 
     def waited(self, seconds: float) -> None:
         """Called by work, on the thread: it has waited so long for other machines."""
@@ -171,9 +186,12 @@ class ComputeThread:
             return []
 
     def _wait_for_company(self) -> None:
-        while may_grow([job.waiting for job in self._jobs], self._company.count) and not self._stopped:
-            came = len(self._jobs)
-            self._changed.wait(self._company.patience_s)
+        while not self._stopped:
+            came, now = len(self._jobs), time.monotonic()
+            self._expected = {whom: until for whom, until in self._expected.items() if until > now}
+            if not may_grow([job.waiting for job in self._jobs], max(self._company.count, came + len(self._expected))):
+                return
+            self._changed.wait(max(self._company.patience_s, _PATIENCE_S if self._expected else 0.0))
             if len(self._jobs) == came:
                 return
 

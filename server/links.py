@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from swarm.errors import PeerUnreachable, ProtocolError
+from swarm.page_names import PAGE
 from swarm.protocol.messages import LINK_PROTOCOL, Attach, Attached, Link, Message
 from swarm.transport.node import Node
 from swarm.transport.watched_stream import WatchedStream
@@ -18,10 +19,14 @@ _ATTACH_TIMEOUT_S = 5.0
 class OutgoingLink:
     """Attaches to a successor's session; :meth:`run` until it fails or is cancelled."""
 
-    def __init__(self, node: Node, link: Link) -> None:
+    def __init__(self, node: Node, link: Link, prefix: Sequence[bytes] = ()) -> None:
+        """
+        Args:
+            prefix: names of the pages that will come first, if that is known.
+        """
         assert link.peer_id is not None and link.session is not None
         self._stream = WatchedStream(node, link.peer_id, link.addresses, LINK_PROTOCOL)
-        self._session = link.session
+        self._attach = Attach(session=link.session, prefix=list(prefix))
 
     @property
     def one_way_s(self) -> float | None:
@@ -32,8 +37,12 @@ class OutgoingLink:
         """Send a message to the successor."""
         self._stream.send(message, tensors)
 
-    async def run(self, on_open: Callable[[bool], None]) -> None:
-        """Dial, attach, and watch over the link; `on_open` is told whether the successor knows nothing yet.
+    async def run(self, on_open: Callable[[bool, int], None]) -> None:
+        """Dial, attach, and watch over the link.
+
+        Args:
+            on_open: is told whether the successor has heard nothing of the session yet, and how many positions of the
+                prefix it knows nevertheless.
 
         Raises:
             PeerError: why the link does not stand, or not any more.
@@ -46,9 +55,9 @@ class OutgoingLink:
                 raise ProtocolError(f"{self._stream.peer_id} sent {message.type!r} over a link")
             attached = True
             attaching.reschedule(None)
-            on_open(message.fresh)
+            on_open(message.fresh, min(message.known, len(self._attach.prefix)) * PAGE)
 
-        self._stream.send(Attach(session=self._session))
+        self._stream.send(self._attach)
         try:
             async with asyncio.timeout(_ATTACH_TIMEOUT_S) as attaching:
                 await self._stream.run(take)

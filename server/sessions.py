@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from swarm.errors import BlocksNotHosted, CacheFull, Draining, SessionTooLarge, WrongModel
+from swarm.errors import BlocksNotHosted, CacheFull, Draining, Forgotten, SessionTooLarge, WrongModel
 from swarm.models import Span
 from swarm.models.experts import without_experts
 from swarm.models.paged_cache import PagedCache, PagePool
-from swarm.models.pages import PAGE, pages_for
+from swarm.models.pages import pages_for
 from swarm.models.together import Together
+from swarm.page_names import PAGE
 from swarm.protocol.messages import Open
 from swarm.protocol.served_session import Work
 
@@ -38,15 +39,49 @@ class HeldSession:
     """Some were left out: what its cache holds is not what others would compute."""
     mask: torch.Tensor | None = field(default=None)
     """[batch, cached] int64, once anything was padded; None: no padding."""
+    prefix: list[bytes] = field(default_factory=list)
+    """Pages that it begins with, if whoever sends it wants that, and was told that they are known."""
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """``[start, end)``"""
+        return self.span.start, self.span.end
+
+    def knows(self, prefix: Sequence[bytes]) -> int:
+        """How many of the pages that it is going to begin with the server has computed before."""
+        return len(self.cache.known(prefix[: self.reserved_positions // PAGE])) if self._may_recall else 0
+
+    def begins_with(self, prefix: Sequence[bytes]) -> int:
+        """Note what the session is going to begin with; returns how many positions of it can be recalled."""
+        pages = self.knows(prefix)
+        self.prefix = list(prefix[:pages])
+        return pages * PAGE
+
+    def hold_prefix(self) -> None:
+        """Keep the known beginning until it is recalled, or another one comes. Called on the compute thread only."""
+        if self.prefix and not self.cache.length:
+            self.cache.adopt(self.prefix)
+
+    def names_for_next(self) -> list[bytes]:
+        """What its prefix is called where it leaves the span."""
+        return self.cache.known(self.prefix)
 
     def group(self, work: Work) -> tuple[int, int] | None:
         """The blocks on which `work` can run together with that of other sessions; None: it must run alone."""
-        if self.together is None or work.mask is not None or self.mask is not None or self.leaves_out is not None:
+        if self.together is None or work.recalled:
+            return None
+        if work.mask is not None or self.mask is not None or self.leaves_out is not None:
             return None
         return (self.span.start, self.span.end) if work.hidden_states.shape[1] <= self.together.most_positions else None
 
     def run(self, work: Work) -> torch.Tensor:
-        """Run a step on the device; the result is on the CPU."""
+        """Run a step on the device; the result is on the CPU.
+
+        Raises:
+            Forgotten: what it begins with is not known any more.
+        """
+        if work.recalled:
+            return self._recall(work.recalled)
         known = self.take_up(work)
         if not _is_part(known, work):
             return known
@@ -90,6 +125,17 @@ class HeldSession:
             ids = work.position_ids[:, begin:] if work.position_ids is not None else None
             self.cache.remember(work.hidden_states[:, begin:], ids, output, work.position + begin)
         return torch.cat([known, output], dim=1) if begin else output
+
+    def _recall(self, positions: int) -> torch.Tensor:
+        self.batch, self.mask = 1, None
+        known = self.cache.adopt(self.prefix[: positions // PAGE])
+        if known is None:
+            raise Forgotten(f"of {positions} positions that this session begins with, some are not known any more")
+        return torch.cat(known).unsqueeze(0)
+
+    @property
+    def _may_recall(self) -> bool:
+        return self._may_reuse and self.batch == 1
 
     @property
     def _may_reuse(self) -> bool:
@@ -200,8 +246,8 @@ class SessionTable:
         Raises:
             CacheFull: there is none.
         """
-        batch, count, _ = work.hidden_states.shape
-        needed = max(session.reserved_positions, work.position + count)
+        batch = work.hidden_states.shape[0]
+        needed = max(session.reserved_positions, work.position + work.count)
         if batch > session.batch or needed > session.reserved_positions:
             self._reserve(session, batch, needed)
 

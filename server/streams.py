@@ -22,6 +22,7 @@ from swarm.errors import (
     ServerFault,
     SessionTooLarge,
 )
+from swarm.page_names import PAGE
 from swarm.protocol.messages import Attach, Attached, Drain, Message, Open, Opened, Refusal
 from swarm.protocol.served_session import (
     Action,
@@ -58,6 +59,8 @@ PART = 32
 """Positions of a prompt's piece that run at once while others' tokens come."""
 _TOKENS_COME_FOR_S = 0.25
 """So long after the last one, the next is expected."""
+_COMING_WITHIN_S = 1.0
+"""If another session is about to bring what this one begins with, that is waited for as long as it gets on."""
 _GRACE_S = 2.0
 """Experts are waited for so long, once in a session, before one that allows it goes on without them."""
 _TASK_FAILURES = (OSError, TimeoutError)
@@ -98,6 +101,7 @@ class StreamServer:
         """Those for whom there was no room lately."""
         self._no_session = asyncio.Event()
         self._no_session.set()
+        self._progress = asyncio.Event()
 
     async def handle_session(self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve a client's stream until its end; one that breaks the protocol loses this stream only."""
@@ -123,7 +127,7 @@ class StreamServer:
                             attaching.reschedule(None)  # from here on the session's client is the judge
                             session = self.sessions[message.session]
                             session.predecessors.add(writer)
-                            wire.send(Attached(fresh=session.attach()))
+                            wire.send(await session.attach(message.prefix))
                         else:
                             raise ProtocolError("a link asks for a session that is not here")
                     write(writer, wire.take_outgoing())
@@ -164,8 +168,23 @@ class StreamServer:
     def closed(self, token: str) -> None:
         """A session is over."""
         del self.sessions[token]
+        self.got_on()
         if not self.sessions:
             self._no_session.set()
+
+    def got_on(self) -> None:
+        """A session has computed something, or is over: who waits for what it computes may look again."""
+        self._progress.set()
+        self._progress = asyncio.Event()
+
+    async def wait_for_others(self, held: HeldSession, prefix: Sequence[bytes]) -> None:
+        """Wait until what other sessions are bringing of the pages `prefix` is known, as long as they get on."""
+        while (known := held.knows(prefix)) < len(prefix):
+            if not any(other.brings(held, prefix, known) for other in self.sessions.values()):
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_COMING_WITHIN_S):
+                    await self._progress.wait()
 
     def begin(
         self, table: SessionTable, held: HeldSession, work: Work, *, can_wait: bool
@@ -177,7 +196,9 @@ class StreamServer:
         """
         table.grow(held, work)
         waiting = Waiting(work.hidden_states.shape[:2].numel(), held.group(work), can_wait)
-        begun = self.compute.begin((held, work), run_steps, waiting)
+        begun = self.compute.begin((held, work), run_steps, waiting, id(held))
+        if work.recalled and not can_wait:
+            self.compute.expect(id(held))  # what comes after the beginning, of all who waited for it
         self._steps_under_way += 1
         begun.add_done_callback(self._step_ended)
         return begun
@@ -266,6 +287,8 @@ class SessionStream:
         self._tasks: asyncio.TaskGroup | None = None
         self._computing: tuple[asyncio.Future[Any], ...] = ()
         self._ended = asyncio.Event()
+        self._promised: Sequence[bytes] = ()  # pages that its client is going to send
+        self._got_on_at = time.monotonic()
         self.predecessors: set[asyncio.StreamWriter] = set()
         """Link streams that lead here."""
 
@@ -293,10 +316,36 @@ class SessionStream:
                 None  # large; and the traceback of what ended this may live for long
             )
 
-    def attach(self) -> bool:
-        """A predecessor has come; returns whether it must send the session's state first."""
-        assert self._session is not None
-        return self._session.attach()
+    def brings(self, held: HeldSession, prefix: Sequence[bytes], known: int) -> bool:
+        """Whether it is at work on the next of the pages `prefix`, of which `held` would know so many."""
+        if self._held is None or self._session is None or self._held is held or self._held.blocks != held.blocks:
+            return False
+        if time.monotonic() > self._got_on_at + _COMING_WITHIN_S:
+            return False
+        if self._promised[: known + 1] == prefix[: known + 1]:
+            return self._session.is_busy or self._session.position <= known * PAGE
+        return known > 0 and self._session.is_busy and self._held.cache.names == prefix[:known]
+
+    async def attach(self, prefix: Sequence[bytes]) -> Attached:
+        """A predecessor has come: it is told whether it must send the session's state first, and what is known of it.
+
+        Args:
+            prefix: names of the pages that will come first.
+        """
+        if self._held is not None:
+            await self._server.wait_for_others(self._held, prefix)
+        if self._session is None:
+            raise ProtocolError("a link asks for a session that has just ended")
+        fresh = self._session.attach()
+        return Attached(fresh=fresh, known=self._known(prefix) if fresh else 0)
+
+    def _known(self, prefix: Sequence[bytes]) -> int:
+        """So many pages of what comes first can be recalled."""
+        assert self._session is not None and self._held is not None
+        self._session.known = self._held.begins_with(prefix)
+        if self._session.known:
+            self._server.compute.soon(self._held.hold_prefix)
+        return self._session.known // PAGE
 
     def from_predecessor(self, message: Message, tensors: dict[str, torch.Tensor]) -> None:
         """Take a message from a link stream.
@@ -355,7 +404,16 @@ class SessionStream:
         self._token = request.session
         server.opened(request.session, self)
         self._session = ServedSession(request, server.hidden_size)
-        self._wire.send(Opened(dtype=server.dtype))
+        assert self._tasks is not None
+        self._tasks.create_task(self._let_in(request.prefix))
+
+    async def _let_in(self, prefix: Sequence[bytes]) -> None:
+        assert self._held is not None
+        await self._server.wait_for_others(self._held, prefix)
+        known = self._known(prefix)
+        self._promised, self._got_on_at = prefix, time.monotonic()
+        self._wire.send(Opened(dtype=self._server.dtype, known=known))
+        write(self._writer, self._wire.take_outgoing())
 
     def _act(self, actions: list[Action]) -> None:
         assert self._session is not None and self._tasks is not None
@@ -369,7 +427,8 @@ class SessionStream:
                     if link in self._links:
                         self._links[link][0].send(message, tensors)
                 case Dial(link):
-                    self._dial(link.link, OutgoingLink(self._server.node, link))
+                    assert self._held is not None
+                    self._dial(link.link, OutgoingLink(self._server.node, link, self._held.names_for_next()))
                 case HangUp(number):
                     if number in self._links:
                         self._links.pop(number)[1].cancel()
@@ -408,6 +467,8 @@ class SessionStream:
                 self._session.link_measured(number, link.one_way_s)
             self._session.degraded = self._held.is_degraded
             actions = self._session.computed(output, spent)
+            self._got_on_at = time.monotonic()
+            self._server.got_on()
         self._act(actions)
         await self._flush()
 
@@ -416,9 +477,9 @@ class SessionStream:
         self._links[number] = (link, self._tasks.create_task(self._keep_link(number, link)))
 
     async def _keep_link(self, number: int, link: OutgoingLink) -> None:
-        def stands(fresh: bool) -> None:
+        def stands(fresh: bool, known: int) -> None:
             assert self._session is not None
-            self._act(self._session.link_opened(number, fresh))
+            self._act(self._session.link_opened(number, fresh, known))
 
         try:
             await link.run(stands)

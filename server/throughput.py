@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from swarm.models import Span
 from swarm.models.paged_cache import PagePool
-from swarm.models.pages import PAGE, pages_for
+from swarm.models.pages import pages_for
 from swarm.models.together import Together
+from swarm.page_names import PAGE
 
 BATCHES = (1, 4, 16)
 """Sessions whose decode steps run together."""

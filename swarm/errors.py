@@ -144,6 +144,12 @@ class ExpertsMissing(RemoteError):
         )
 
 
+class Forgotten(RemoteError):
+    """The server has forgotten the beginning of a session that it said it knew: it must be told all of it."""
+
+    code = "forgotten"
+
+
 class ServerFault(RemoteError):
     """The server's computation failed."""
 
@@ -163,7 +169,8 @@ class SessionClosed(SwarmError):
 
 
 _REMOTE = (
-    WrongModel, BlocksNotHosted, CacheFull, SessionTooLarge, Draining, ExpertsMissing, ServerFault, RemoteError,
+    WrongModel, BlocksNotHosted, CacheFull, SessionTooLarge, Draining, ExpertsMissing, Forgotten, ServerFault,
+    RemoteError,
 )  # fmt: skip
 REMOTE_ERRORS: dict[str, type[RemoteError]] = {error.code: error for error in _REMOTE}
 """The refusals that travel on the wire, by code."""

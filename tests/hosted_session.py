@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from swarm.protocol.messages import HopTime, Link, Message, Open, Output, Replay, Step
+from swarm.protocol.messages import HopTime, Link, Message, Open, Output, Recall, Replay, Step
 from swarm.protocol.served_session import Action, Compute, ServedSession, Spent, ToClient, ToSuccessor, Work
 
 HIDDEN = 4
@@ -22,7 +22,9 @@ def states(batch: int, count: int) -> torch.Tensor:
 
 
 def run(work: Work) -> torch.Tensor:
-    """What our servers compute."""
+    """What our servers compute, or recall."""
+    if work.recalled:
+        return torch.arange(work.recalled * HIDDEN).reshape(1, work.recalled, HIDDEN).float()
     return work.hidden_states.float() * 2 + work.position
 
 
@@ -90,10 +92,14 @@ class Hosted:
             position += part.shape[1]
         return actions + self.compute_all()
 
-    def link(self, number: int = 1, *, fresh: bool = False, standby: bool = False) -> list[Action]:
+    def recall(self, sequence: int, positions: int, *, last: bool = True) -> list[Action]:
+        """A predecessor says what the session begins with, which is known here."""
+        return self.forward(Recall(sequence=sequence, positions=positions, last=last)) + self.compute_all()
+
+    def link(self, number: int = 1, *, fresh: bool = False, standby: bool = False, known: int = 0) -> list[Action]:
         """A link to a peer is asked for and stands."""
         self.tell(TO_PEER.model_copy(update={"link": number, "standby": standby}))
-        return self.do(self.session.link_opened(number, fresh))
+        return self.do(self.session.link_opened(number, fresh, known))
 
 
 def outputs(actions: list[Action]) -> list[ToClient]:

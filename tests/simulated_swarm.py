@@ -6,6 +6,7 @@ reordered step shows.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +14,8 @@ from random import Random
 
 import torch
 
-from swarm.errors import ProtocolError, ServerFault
+from swarm.errors import Forgotten, ProtocolError, ServerFault
+from swarm.page_names import PAGE, names_of
 from swarm.protocol import routed_session as routed
 from swarm.protocol import served_session as served
 from swarm.protocol.messages import Drain, Link, Message, Open, Opened, Refusal
@@ -52,11 +54,29 @@ class ToyCache:
     def batch(self) -> int:
         return self._seen[0].shape[0]
 
+    def page(self, number: int) -> list[torch.Tensor]:
+        """What the blocks have seen at the positions of a page."""
+        return [seen[:, number * PAGE : (number + 1) * PAGE] for seen in self._seen]
+
+    def begin_with(self, pages: list[list[torch.Tensor]]) -> None:
+        """Nothing but these."""
+        self._seen = [torch.cat(parts, dim=1) for parts in zip(*pages, strict=True)]
+
     def copy(self) -> ToyCache:
         """One that goes on on its own."""
         other = ToyCache(self._start, self._start)
         other._seen = list(self._seen)
         return other
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a server remembers of one."""
+
+    seen: list[torch.Tensor]
+    output: torch.Tensor
+    made: bytes
+    """The name of the output."""
 
 
 @dataclass
@@ -67,6 +87,8 @@ class Server:
     frozen: bool = False
     sessions: dict[str, Serving] = field(default_factory=dict)
     links: dict[int, Wiring] = field(default_factory=dict)
+    pages: dict[tuple[int, int, bytes], Page] = field(default_factory=dict)
+    """Remembered, by blocks and name."""
 
 
 @dataclass
@@ -80,6 +102,50 @@ class Serving:
     computing: deque[Work] = field(default_factory=deque)
     wires: dict[int, Wiring] = field(default_factory=dict)
     over: bool = False
+    prefix: list[bytes] = field(default_factory=list)
+    came: torch.Tensor | None = None
+    """All that came in, ``[1, n, hidden]``, while that is one plain sequence."""
+    went: torch.Tensor | None = None
+
+    def known(self, prefix: list[bytes]) -> list[bytes]:
+        """What the pages are called where they leave these blocks, as many as are remembered."""
+        pages = [self.server.pages.get((*self.blocks, name)) for name in prefix]
+        return [page.made for page in itertools.takewhile(bool, pages) if page is not None]
+
+    def begins_with(self, prefix: list[bytes]) -> int:
+        """How many pages of this can be recalled."""
+        self.prefix = prefix[: len(self.known(prefix))]
+        self.machine.known = PAGE * len(self.prefix)
+        return len(self.prefix)
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        return self.machine.blocks
+
+    def recall(self, positions: int) -> torch.Tensor | None:
+        pages = [self.server.pages.get((*self.blocks, name)) for name in self.prefix[: positions // PAGE]]
+        found = [page for page in pages if page is not None]
+        if len(found) < len(pages):
+            return None
+        self.cache.begin_with([page.seen for page in found])
+        output = torch.cat([page.output for page in found], dim=1)
+        self.came = None  # it is remembered already
+        return output
+
+    def remember(self, work: Work, output: torch.Tensor) -> None:
+        """Name the pages that are full, if all that came is one plain sequence."""
+        if work.position == 0:
+            self.came = self.went = output[:, :0]
+        is_plain = work.reorder is None and work.position_ids is None and output.shape[0] == 1
+        if self.came is None or self.went is None or not is_plain or work.position > self.came.shape[1]:
+            self.came = None
+            return
+        self.came = torch.cat([self.came[:, : work.position], work.hidden_states], dim=1)
+        self.went = torch.cat([self.went[:, : work.position], output], dim=1)
+        names, made = names_of([self.came[0]], 99), names_of([self.went[0]], 99)
+        for number, (name, name_made) in enumerate(zip(names, made, strict=True)):
+            output = self.went[:, number * PAGE : (number + 1) * PAGE]
+            self.server.pages[(*self.blocks, name)] = Page(self.cache.page(number), output, name_made)
 
 
 @dataclass
@@ -100,7 +166,8 @@ class SimulatedSwarm:
         self.random = random
         self.servers = {place.peer_id: Server(place) for place in places}
         self._tokens = iter(f"{number:032x}" for number in range(1, 10**6))
-        self.client = RoutedSession(num_blocks, HIDDEN, lambda: next(self._tokens), **options)  # type: ignore[arg-type]
+        self._new_client = lambda: RoutedSession(num_blocks, HIDDEN, lambda: next(self._tokens), **options)  # type: ignore[arg-type]
+        self.client = self._new_client()
         self.num_blocks = num_blocks
         self.delivered: dict[int, torch.Tensor] = {}
         self.replaced: list[routed.Replaced] = []
@@ -152,7 +219,20 @@ class SimulatedSwarm:
         act()
         return True
 
+    def next_user(self) -> None:
+        """The client goes, and another one comes."""
+        self.do(self.client.close())
+        for kept in (self._down, self._up, self._opening, self._serving, self._broken):
+            kept.clear()
+        self._later.clear()
+        self.delivered, self.replaced = {}, []
+        self.client = self._new_client()
+
     # --- faults
+
+    def forget(self) -> None:
+        """A server needs the room of what it remembered."""
+        self.random.choice(list(self.servers.values())).pages.clear()
 
     def kill(self, peer: str) -> None:
         """A server dies: its streams break, sooner or later noticed."""
@@ -250,7 +330,7 @@ class SimulatedSwarm:
         serving = Serving(server, hop, ServedSession(request, HIDDEN), cache)
         server.sessions[action.token] = serving
         self._serving[hop] = serving
-        self._up[hop].append((Opened(dtype="float32"), {}))
+        self._up[hop].append((Opened(dtype="float32", known=serving.begins_with(list(action.prefix))), {}))
 
     def _client_hears(self, hop: int) -> None:
         message, tensors = self._up[hop].popleft()
@@ -293,7 +373,15 @@ class SimulatedSwarm:
 
     def _compute(self, serving: Serving) -> None:
         work = serving.computing.popleft()
-        output = serving.cache.run(work.position, work.reorder, work.hidden_states, work.position_ids)
+        output: torch.Tensor | None
+        if work.recalled:
+            output = serving.recall(work.recalled)
+            if output is None:
+                self._serve(serving, serving.machine.failed(Forgotten("some is not known any more")))
+                return
+        else:
+            output = serving.cache.run(work.position, work.reorder, work.hidden_states, work.position_ids)
+            serving.remember(work, output)
         self._serve(serving, serving.machine.computed(output, Spent()))
 
     def _serve(self, serving: Serving, actions: list[served.Action]) -> None:
@@ -331,13 +419,15 @@ class SimulatedSwarm:
         ):
             self._serve(serving, serving.machine.link_lost(link.link, "cannot be dialled"))
             return
+        prefix = serving.known(serving.prefix)  # as it was when the dialling began
         fresh = target.machine.attach()
+        known = target.begins_with(prefix) if fresh else 0
         wire = Wiring(serving, link.link, target)
         serving.wires[link.link] = wire
 
         def answered() -> None:
             if self._runs(serving) and not wire.cut:
-                self._serve(serving, serving.machine.link_opened(link.link, fresh))
+                self._serve(serving, serving.machine.link_opened(link.link, fresh, PAGE * known))
 
         self._later.append(("attached", answered))
 

@@ -16,7 +16,8 @@ from tiny_models import save_tiny_model
 from swarm.errors import BlocksNotHosted, CacheFull, Draining, WrongModel
 from swarm.models import Span, load_span, open_checkpoint
 from swarm.models.paged_cache import PagePool
-from swarm.models.pages import PAGE, pages_for
+from swarm.models.pages import pages_for
+from swarm.page_names import PAGE
 from swarm.protocol.messages import Open, Step
 from swarm.protocol.served_session import Work
 from swarm.server.sessions import HeldSession, SessionTable

@@ -13,8 +13,8 @@ from tiny_models import save_tiny_model
 from swarm.models import Span, load_span, open_checkpoint
 from swarm.models.fast_blocks import FastBlocks, fuse_projections
 from swarm.models.paged_cache import PagePool
-from swarm.models.pages import PAGE
 from swarm.models.together import Together, way_together
+from swarm.page_names import PAGE
 from swarm.protocol.messages import Open, Step
 from swarm.protocol.served_session import Spent, Work
 from swarm.server.schedule import Waiting, choose

@@ -26,7 +26,7 @@ from swarm.commands.local_swarm import LocalPeer, LocalSwarm
 from swarm.dht import Announcement
 from swarm.errors import BootstrapFailed, NoRoute, PeerUnreachable, SwarmError
 from swarm.models import open_checkpoint
-from swarm.models.pages import PAGE
+from swarm.page_names import PAGE
 from swarm.protocol.frames import MAX_PAYLOAD_BYTES, encode_frame
 from swarm.protocol.messages import (
     LINK_PROTOCOL,

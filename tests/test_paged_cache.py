@@ -11,7 +11,7 @@ from tiny_models import save_tiny_model
 
 from swarm.models import Span, load_span, open_checkpoint
 from swarm.models.paged_cache import PagedCache, PagePool
-from swarm.models.pages import PAGE
+from swarm.page_names import PAGE
 
 CHUNKS = (5, 1, 1, 17, 3, 1, 20)
 """They cross pages and sliding windows."""

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from swarm.models.pages import PAGE, Claim, Pages, pages_for
+from swarm.models.pages import Claim, Pages, pages_for
+from swarm.page_names import PAGE
 
 
 @given(st.integers(0, 10 * PAGE))

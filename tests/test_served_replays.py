@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hosted_session import HIDDEN, Hosted, outputs, states, to_client
+from hosted_session import HIDDEN, Hosted, onward, outputs, states, to_client
 
 from swarm.errors import ProtocolError
-from swarm.protocol.messages import MAX_STEP_POSITIONS, Output, Replay, Replayed, Step
-from swarm.protocol.served_session import ToClient
+from swarm.protocol.messages import MAX_STEP_POSITIONS, Message, Output, Recall, Replay, Replayed, Step
+from swarm.protocol.served_session import Action, ToClient
 
 
 def test_a_fresh_server_is_brought_to_the_sessions_state_and_goes_on() -> None:
@@ -129,3 +129,93 @@ def test_when_a_predecessor_dies_during_its_replay_the_next_one_begins_anew(runn
     assert torch.equal(hosted.step(7, 5, sent), sent * 2 + 5)
     (again,) = outputs(hosted.send(6, 3, whole[:, 3:]))
     assert again.tensors is not None and torch.equal(again.tensors["hidden_states"], whole[:, 3:] * 2)
+
+
+# what is known by name
+
+
+def knowing(positions: int) -> Hosted:
+    """A session of one sequence, of whose beginning so many positions are known."""
+    hosted = Hosted({"batch": 1})
+    hosted.session.known = positions
+    return hosted
+
+
+def told(actions: list[Action]) -> list[tuple[type[Message], int, bool]]:
+    """What a successor is told of the state: the message, how many positions it stands for, and whether it is all."""
+    found = []
+    for one in onward(actions):
+        if isinstance(one.message, Recall):
+            found.append((Recall, one.message.positions, one.message.last))
+        elif isinstance(one.message, Replay):
+            found.append((Replay, one.tensors["hidden_states"].shape[1], one.message.last))
+    return found
+
+
+def test_what_is_known_is_recalled_and_the_session_goes_on_after_it() -> None:
+    hosted, sent = knowing(48), states(1, 2)
+    assert to_client(hosted.recall(4, 32)) == [Replayed(sequence=4)]
+    assert torch.equal(hosted.step(5, 32, sent), sent * 2 + 32)
+    assert hosted.session.attach() is False
+
+
+def test_recalled_and_replayed_parts_follow_one_another() -> None:
+    hosted, rest = knowing(32), states(1, 3)
+    assert to_client(hosted.recall(4, 32, last=False)) == []
+    hosted.forward(Replay(sequence=4, position=32, last=True, tensors=[]), hidden_states=rest)
+    assert to_client(hosted.compute()) == [Replayed(sequence=4)]
+    actions = hosted.link(fresh=True)
+    assert told(actions) == [(Replay, 35, True)]
+    assert torch.equal(onward(actions)[0].tensors["hidden_states"][:, 32:], rest * 2 + 32)
+
+
+@pytest.mark.parametrize(("known", "positions"), [(0, 16), (16, 32)])
+def test_who_wants_more_recalled_than_is_known_is_refused(known: int, positions: int) -> None:
+    with pytest.raises(ProtocolError, match=f"{positions} positions are to be recalled; {known} are known"):
+        knowing(known).recall(4, positions)
+
+
+def test_a_session_that_has_begun_recalls_nothing() -> None:
+    hosted = knowing(32)
+    hosted.step(1, 0, states(1, 2))
+    with pytest.raises(ProtocolError, match="are to be recalled"):
+        hosted.recall(4, 32)
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [(0, [(Replay, 32, True)]), (16, [(Recall, 16, False), (Replay, 16, True)]), (48, [(Recall, 32, True)])],
+)
+@pytest.mark.parametrize("linked_first", [False, True])
+def test_a_fresh_successor_recalls_what_it_knows_and_is_told_the_rest(
+    linked_first: bool, known: int, expected: list[tuple[type[Message], int, bool]]
+) -> None:
+    hosted = knowing(32)
+    actions = hosted.link(fresh=True, known=known) if linked_first else []
+    actions += hosted.recall(4, 32)
+    actions += [] if linked_first else hosted.link(fresh=True, known=known)
+    assert told(actions) == expected
+
+
+def test_a_successor_recalls_nothing_of_what_has_changed_since() -> None:
+    hosted = knowing(48)
+    hosted.recall(4, 48)
+    hosted.step(5, 20, states(1, 3))
+    assert told(hosted.link(fresh=True, known=48)) == [(Recall, 16, False), (Replay, 7, True)]
+    hosted.send(6, 23, states(2, 1), reorder=[0, 0])
+    hosted.compute_all()
+    assert told(hosted.link(2, fresh=True, known=48)) == [(Replay, 24, True)]
+
+
+def test_a_successor_recalls_nothing_that_came_here_in_another_way() -> None:
+    hosted = knowing(48)
+    hosted.step(1, 0, states(1, 40))
+    assert told(hosted.link(fresh=True, known=32)) == [(Replay, 40, True)]
+
+
+def test_what_was_recalled_for_a_predecessor_that_died_does_not_count() -> None:
+    hosted = knowing(48)
+    hosted.recall(4, 32, last=False)
+    assert hosted.session.attach() is True
+    hosted.replay(4, states(1, 33))
+    assert told(hosted.link(fresh=True, known=48)) == [(Replay, 33, True)]

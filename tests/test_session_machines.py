@@ -22,6 +22,7 @@ from swarm.protocol.messages import (
     Output,
     Pong,
     Promote,
+    Recall,
     Replay,
     Replayed,
     Step,
@@ -40,15 +41,27 @@ def places(copies: int) -> list[Place]:
 class Program:
     """What a user does: prefill in chunks, tokens, roll-backs and beams; and what must come of it."""
 
-    def __init__(self, random: Random) -> None:
+    def __init__(self, random: Random, prompt: torch.Tensor | None = None) -> None:
+        """
+        Args:
+            prompt: ``[1, n, hidden]``, to begin with.
+        """
         self.random, self.reference = random, ToyCache(0, BLOCKS)
-        self.position, self.batch = 0, random.choice([1, 1, 3])
+        self.position, self.batch = 0, random.choice([1, 1, 3]) if prompt is None else 1
+        self._prompt = prompt
         self.custom_positions = random.random() < 0.3
         self._before: list[tuple[ToyCache, int, int]] = []  # every step: the state, its position, and sequences
 
     def next_steps(self) -> list[tuple[int, list[int] | None, torch.Tensor, torch.Tensor | None]]:
         """Some steps to be submitted at once."""
         random = self.random
+        if self._prompt is not None:
+            prompt, self._prompt = self._prompt, None
+            self.position = prompt.shape[1]
+            pieces, each = [], random.randint(3, 40)
+            for begin in range(0, prompt.shape[1], each):
+                pieces.append((begin, None, prompt[:, begin : begin + each], None))
+            return pieces
         what = random.random()
         reorder, count, chunks = None, 1, 1
         if self.position == 0 or what < 0.1:
@@ -87,13 +100,16 @@ class Program:
             self.batch = self.batch or 1
 
 
-def run(random: Random, swarm: SimulatedSwarm, faults: int, rounds: int) -> None:
-    program = Program(random)
+def run(random: Random, swarm: SimulatedSwarm, faults: int, rounds: int, prompt: torch.Tensor | None = None) -> None:
+    program = Program(random, prompt)
     expected: dict[int, torch.Tensor] = {}
     events = 0
-    for _ in range(rounds):
-        for position, reorder, hidden, ids in program.next_steps():
+    for number in range(rounds):
+        steps = program.next_steps()
+        for index, (position, reorder, hidden, ids) in enumerate(steps):
             wanted = random.choice([None, 0, 1, 2, 5])
+            if prompt is not None and number == 0 and random.random() < 0.9:
+                wanted = int(index == len(steps) - 1)  # as clients want it
             sequence, actions = swarm.client.submit(position, reorder, hidden, ids, None, wanted)
             everything = program.expect(position, reorder, hidden, ids)
             expected[sequence] = everything if wanted is None else everything[:, max(0, hidden.shape[1] - wanted) :]
@@ -136,6 +152,7 @@ def harm(random: Random, swarm: SimulatedSwarm) -> None:
                 (swarm.kill if what == "kill" else swarm.drain)(victim.place.peer_id)
         case "cut":
             swarm.cut_link()
+            swarm.forget()
         case "fail":
             swarm.fail_a_computation()
 
@@ -151,6 +168,47 @@ def test_any_interleaving_of_faults_gives_the_same_outputs(seed: int, chain: boo
     random = Random(seed)  # thousands of choices: too many for hypothesis to draw one by one
     swarm = SimulatedSwarm(random, places(2), BLOCKS, chain=chain, standbys=standbys, window=3)
     run(random, swarm, faults, rounds=6)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    seed=st.integers(0, 2**32),
+    chain=st.sampled_from([True, True, False]),
+    standbys=st.booleans(),
+    faults=st.integers(0, 6),
+)
+def test_users_with_the_same_beginning_get_what_each_would_get_alone(
+    seed: int, chain: bool, standbys: bool, faults: int
+) -> None:
+    random = Random(seed)
+    swarm = SimulatedSwarm(random, places(2), BLOCKS, chain=chain, standbys=standbys, window=3)
+    beginning = states_of(random, 70)
+    for _ in range(3):
+        alike = random.choice([0, 15, 40, 64, 70])
+        run(random, swarm, faults, 3, torch.cat([beginning[:, :alike], states_of(random, random.randint(1, 20))], 1))
+        swarm.next_user()
+
+
+@pytest.mark.parametrize(("chain", "recalling"), [(True, 2), (False, 1)])
+def test_what_servers_know_by_name_is_not_sent_again(chain: bool, recalling: int) -> None:
+    random = Random(5)
+    places = [Place("first", 0, 3), Place("last", 3, 6)]
+    swarm = SimulatedSwarm(random, places, BLOCKS, chain=chain)
+    swarm.dials_that_fail = 0.0
+    beginning = states_of(random, 64)
+    run(random, swarm, 0, 1, torch.cat([beginning, states_of(random, 3)], dim=1))
+    assert not any(isinstance(message, Recall) for _, message in swarm.heard)
+    swarm.next_user()
+    swarm.heard.clear()
+    run(random, swarm, 0, 1, torch.cat([beginning, states_of(random, 5)], dim=1))
+    recalled = [(peer, message.positions) for peer, message in swarm.heard if isinstance(message, Recall)]
+    assert recalled == [("first", 64), ("last", 64)][:recalling]
+    assert min(message.position for _, message in swarm.heard if isinstance(message, Step)) == 64
+
+
+def states_of(random: Random, count: int) -> torch.Tensor:
+    """Of one sequence."""
+    return torch.tensor([float(random.randrange(100)) for _ in range(count * HIDDEN)]).reshape(1, count, HIDDEN)
 
 
 # One at a time
@@ -418,7 +476,7 @@ def anything_said(random: Random, link: int) -> tuple[Message, dict[str, torch.T
     number = random.randint(1, 8)
     link = random.choice([link, max(1, link), 2**64 - 1])
     messages: list[tuple[Message, dict[str, torch.Tensor]]] = [
-        (Opened(dtype=random.choice(["float32", "bfloat16", "int64", "compile"])), {}),
+        (Opened(dtype=random.choice(["float32", "bfloat16", "int64", "compile"]), known=random.randint(0, 9)), {}),
         (Linked(link=max(1, link)), {}),
         (LinkLost(link=max(1, link), reason="gone"), {}),
         (Replayed(sequence=number), {}),

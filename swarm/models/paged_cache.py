@@ -8,18 +8,17 @@ everything else stays transformers': layers get keys and values as from any cach
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from swarm.errors import UnsupportedFamily
-from swarm.models.pages import PAGE, Claim, Pages, pages_for
+from swarm.models.pages import Claim, Pages, pages_for
 from swarm.models.span import Span
+from swarm.page_names import PAGE, Content, name_of, part_of
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,7 @@ class PagePool:
         room = torch.empty(sum(sizes), dtype=dtype, device=device)  # on a CPU it takes no memory until it is written
         parts = iter(room.split(sizes))
         self.shapes, self.first_layer, self.device = tuple(shapes), first_layer, device
-        self.pages: Pages[torch.Tensor] = Pages(pages)
-        """Kept beside a remembered page: the hidden states that the span made of its positions, ``[PAGE, hidden]``."""
+        self.pages: Pages[_Made] = Pages(pages)
         self.keys: list[torch.Tensor] = []
         """Of every layer, ``[heads, slots, size]``; a page is :data:`PAGE` slots."""
         self.values: list[torch.Tensor] = []
@@ -98,39 +96,15 @@ class PagePool:
 
 
 @dataclass(frozen=True)
-class _Content:
-    """All that the keys and values of some positions depend on, besides what came before."""
+class _Made:
+    """What the span made of a remembered page."""
 
-    ids: memoryview
-    """Their numbers, int64."""
-    states: memoryview
-    """The hidden states that came in, as bytes."""
-
-    @classmethod
-    def of(cls, ids: torch.Tensor, states: torch.Tensor) -> _Content:
-        """Of ``[n]`` and ``[n, hidden]``, on the CPU; their memory is used on."""
-        return cls(ids.to(torch.int64).contiguous().numpy().data, states.contiguous().view(torch.uint8).numpy().data)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def part(self, begin: int, end: int) -> _Content:
-        """Of the positions ``[begin, end)``."""
-        return _Content(self.ids[begin:end], self.states[begin:end])
-
-    def copy(self) -> _Content:
-        """In memory of its own, with nothing else."""
-        return _Content(numpy.array(self.ids).data, numpy.array(self.states).data)
-
-
-def _part(contents: Sequence[_Content], begin: int, end: int) -> list[_Content]:
-    """Of the positions ``[begin, end)`` of what follows one another."""
-    parts, at = [], 0
-    for content in contents:
-        if begin < at + len(content) and at < end:
-            parts.append(content.part(max(begin - at, 0), end - at))
-        at += len(content)
-    return parts
+    output: torch.Tensor
+    """``[PAGE, hidden]``, on the CPU."""
+    name: bytes
+    """Of that, for the next server, …"""
+    before: bytes
+    """… which was `name` of the page before it."""
 
 
 @dataclass
@@ -141,7 +115,9 @@ class _Sequence:
     pages: list[int] = field(default_factory=list)
     names: list[bytes] = field(default_factory=list)
     """Of full pages: each stands for its content and for all before it."""
-    came: list[_Content] = field(default_factory=list)
+    made: list[bytes] = field(default_factory=list)
+    """Of what the span made of them, likewise."""
+    came: list[Content] = field(default_factory=list)
     """What came in of the positions after those."""
     went: list[torch.Tensor] = field(default_factory=list)
     """And what went out, ``[n, hidden]``."""
@@ -158,7 +134,9 @@ class _Sequence:
         return len(self.names) * PAGE + sum(map(len, self.came))
 
     def copy(self, claim: Claim | None) -> _Sequence:
-        return _Sequence(claim, [*self.pages], [*self.names], [*self.came], [*self.went], [*self.runs])
+        return _Sequence(
+            claim, [*self.pages], [*self.names], [*self.made], [*self.came], [*self.went], [*self.runs]
+        )  # fmt: skip
 
     def stretch_runs(self, begin: int, end: int) -> None:
         """Add the positions ``[begin, end)``."""
@@ -180,10 +158,10 @@ class _Sequence:
         """Keep what is known of the positions before `position`."""
         surplus = position - len(self.names) * PAGE
         if surplus <= 0:
-            del self.names[position // PAGE :]
+            del self.names[position // PAGE :], self.made[position // PAGE :]
             self.came, self.went = [], []
         elif self.came:
-            self.came, self.went = _part(self.came, 0, surplus), [torch.cat(self.went)[:surplus]]
+            self.came, self.went = part_of(self.came, 0, surplus), [torch.cat(self.went)[:surplus]]
 
 
 class PagedCache(Cache):  # type: ignore[misc]
@@ -194,7 +172,7 @@ class PagedCache(Cache):  # type: ignore[misc]
 
     def __init__(self, pool: PagePool, layers: range, positions: int) -> None:
         self._positions = positions
-        self._salt = f"{layers.start}:{layers.stop}".encode()
+        self._salt = f"{layers.start}:{layers.stop} ".encode()
         self._first_layer = pool.first_layer + layers.start
         self._sequences: list[_Sequence] = []
         self._gathered: dict[int, torch.Tensor] = {}
@@ -322,18 +300,60 @@ class PagedCache(Cache):  # type: ignore[misc]
         done = 0
         while (end := done + PAGE - self.length % PAGE) <= count:
             names = [
-                self._name(sequence, [*sequence.came, content.part(done, end)])
+                name_of(sequence.last_name, [*sequence.came, content.part(done, end)])
                 for sequence, content in zip(self._sequences, contents, strict=True)
             ]
-            found = [hit for name in names if (hit := self.pool.pages.find(name)) is not None]
+            found = [hit for name in names if (hit := self._find(name)) is not None]
             if len(found) < rows:
                 break
-            for sequence, name, (page, output), made in zip(self._sequences, names, found, outputs, strict=True):
-                made.append(output[done - end :])
-                self._take_over(sequence, name, page)
+            for sequence, name, (page, made), output in zip(self._sequences, names, found, outputs, strict=True):
+                output.append(made.output[done - end :])
+                self._take_over(sequence, name, page, made)
+                sequence.rewrite_runs(len(sequence.pages) * PAGE)
             self.length += end - done
             done = end
         return torch.stack([torch.cat(made) for made in outputs]) if outputs[0] else None
+
+    @property
+    def names(self) -> list[bytes]:
+        """Of the full pages of its only sequence; may be asked for on any thread."""
+        sequences = self._sequences
+        return [*sequences[0].names] if len(sequences) == 1 else []
+
+    def known(self, names: Sequence[bytes]) -> list[bytes]:
+        """Pages that are remembered, from the first on, without a gap; may be called from any thread.
+
+        Args:
+            names: of one sequence (:mod:`swarm.page_names`).
+
+        Returns:
+            What the same positions are called where they leave the span, as many as are known.
+        """
+        found: list[bytes] = []
+        for name in names:
+            hit = self._find(name)
+            if hit is None or hit[1].before != (found[-1] if found else b""):
+                break  # (or it was made of a page that is forgotten, and might differ from it in a last bit)
+            found.append(hit[1].name)
+        return found
+
+    def adopt(self, names: Sequence[bytes]) -> list[torch.Tensor] | None:
+        """Begin anew, with the pages of these names.
+
+        Returns:
+            What the span makes of each, ``[PAGE, hidden]``; None, and an empty cache, if one is forgotten.
+        """
+        hits = [hit for name in names if (hit := self._find(name)) is not None]
+        if self.names != names or self.length != len(names) * PAGE:  # it is not there already
+            self.release()
+            if len(hits) < len(names):
+                return None
+            self._admit(1)
+            for name, hit in zip(names, hits, strict=True):
+                self._take_over(self._sequences[0], name, *hit)
+            self.length = len(names) * PAGE
+            self._sequences[0].rewrite_runs(self.length)
+        return [made.output for _, made in hits]
 
     def remember(
         self, hidden_states: torch.Tensor, position_ids: torch.Tensor | None, outputs: torch.Tensor, start: int
@@ -355,11 +375,15 @@ class PagedCache(Cache):  # type: ignore[misc]
             went = torch.cat(sequence.went)
             full = len(went) // PAGE * PAGE
             for begin in range(0, full, PAGE):
-                name = self._name(sequence, _part(sequence.came, begin, begin + PAGE))
-                page = sequence.pages[len(sequence.names)]
-                self.pool.pages.remember(page, name, went[begin : begin + PAGE].clone())
+                name = name_of(sequence.last_name, part_of(sequence.came, begin, begin + PAGE))
+                page, output = sequence.pages[len(sequence.names)], went[begin : begin + PAGE].clone()
+                ids = [content.ids for content in part_of(sequence.came, begin, begin + PAGE)]
+                before = sequence.made[-1] if sequence.made else b""
+                made = _Made(output, _name_made(before, ids, output), before)
+                self.pool.pages.remember(page, self._salt + name, made)
                 sequence.names.append(name)
-            rest = [content.copy() for content in _part(sequence.came, full, len(went))]
+                sequence.made.append(made.name)
+            rest = [content.copy() for content in part_of(sequence.came, full, len(went))]
             sequence.came, sequence.went = rest, [went[full:].clone()] if rest else []
 
     def _admit(self, rows: int) -> None:
@@ -386,7 +410,11 @@ class PagedCache(Cache):  # type: ignore[misc]
         for index in range(len(sequence.pages), pages_for(self.length)):
             sequence.pages.append(take(index))
 
-    def _take_over(self, sequence: _Sequence, name: bytes, page: int) -> None:
+    def _find(self, name: bytes) -> tuple[int, _Made] | None:
+        """The page of that name that these layers have written, and what they made of it."""
+        return self.pool.pages.find(self._salt + name)
+
+    def _take_over(self, sequence: _Sequence, name: bytes, page: int, made: _Made) -> None:
         """Let the next page of `sequence`, or the one that it has begun to fill, be one that is known."""
         if self.length % PAGE:
             self.pool.pages.give_back(sequence.pages.pop())
@@ -394,7 +422,7 @@ class PagedCache(Cache):  # type: ignore[misc]
         self.pool.pages.share(page)
         sequence.pages.append(page)
         sequence.names.append(name)
-        sequence.rewrite_runs(len(sequence.pages) * PAGE)
+        sequence.made.append(made.name)
 
     def _drop(self, sequence: _Sequence, *, keep_claim: bool = False) -> None:
         for page in sequence.pages:
@@ -402,20 +430,11 @@ class PagedCache(Cache):  # type: ignore[misc]
         if sequence.claim is not None and not keep_claim:
             self.pool.pages.unclaim(sequence.claim)
 
-    def _contents(self, states: torch.Tensor, position_ids: torch.Tensor | None, start: int) -> list[_Content]:
+    def _contents(self, states: torch.Tensor, position_ids: torch.Tensor | None, start: int) -> list[Content]:
         """Of every sequence."""
         rows, count, _ = states.shape
         ids = position_ids if position_ids is not None else torch.arange(start, start + count).expand(rows, count)
-        return [_Content.of(ids[row], states[row]) for row in range(rows)]
-
-    def _name(self, sequence: _Sequence, page: Sequence[_Content]) -> bytes:
-        """Of a page, whatever parts it came in."""
-        name = hashlib.blake2b(self._salt + sequence.last_name, digest_size=32)
-        for content in page:
-            name.update(content.ids)
-        for content in page:
-            name.update(content.states)
-        return name.digest()
+        return [Content.of(ids[row], states[row]) for row in range(rows)]
 
 
 class _PagedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -457,3 +476,9 @@ class _PagedLayer(CacheLayerMixin):  # type: ignore[misc]
     def get_max_length(self) -> int:
         """No maximum."""
         return -1
+
+
+def _name_made(before: bytes, ids: Sequence[memoryview], output: torch.Tensor) -> bytes:
+    """What a page is called where it leaves the span, `output` ``[PAGE, hidden]`` being made of it."""
+    counted = torch.cat([torch.frombuffer(some, dtype=torch.int64) for some in ids])
+    return name_of(before, [Content.of(counted, output)])

@@ -16,8 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-PAGE = 16
-"""Positions on a page."""
+from swarm.page_names import PAGE
 
 T = TypeVar("T")
 

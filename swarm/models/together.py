@@ -27,11 +27,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from swarm.models.compiled_blocks import CompiledBlocks
 from swarm.models.fast_blocks import FastBlocks, fuse_projections
 from swarm.models.paged_cache import PagedCache, PagePool
-from swarm.models.pages import PAGE
 from swarm.models.quantization import rounding
 from swarm.models.span import Span
 from swarm.models.steps import Steps, begin_together
 from swarm.models.weight_layout import lay_out_span
+from swarm.page_names import PAGE
 
 logger = logging.getLogger(__name__)
 

@@ -5,6 +5,8 @@ and the stream's life is the session's. By ``Link`` the client tells a server wh
 server dials it and opens a *link stream* (``Hello``, ``Attach``), over which it then sends on what it has computed.
 So a ``Step`` goes client → S1 → … → Sn, and the last one answers the client with ``Output``. A server without a
 successor answers the client instead (star mode), who relays. ``Replay`` brings a fresh server to the session's state.
+Where a session begins as another did, the server is asked by name whether it knows the beginning (``Open.prefix``,
+``Attach.prefix``), and ``Recall`` stands for what then need not be sent.
 ``Ping`` may come at any time and is answered by ``Pong``.
 
 Servers that run mixture-of-experts blocks open an *expert stream* to every server of experts: ``Hello``,
@@ -19,6 +21,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from swarm.errors import ProtocolError
+from swarm.page_names import NAME_BYTES, PAGE
 from swarm.protocol.codec import CODECS
 from swarm.protocol.frames import Buffer, Frame, encode_frame
 from swarm.protocol.tensors import TensorHeader, decode_tensors, encode_tensors
@@ -40,10 +43,18 @@ MAX_EXPERT_CALLS = 64
 MAX_BLOCKS = 100_000
 MAX_HOPS = 256
 """Servers that a step may pass."""
+MAX_PREFIX = 1024
+"""Pages that can be asked for by name."""
 
 Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 SessionToken = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 """Chosen by the client at random; who knows it may attach to the session."""
+
+
+PageNames = Annotated[
+    list[Annotated[bytes, Field(min_length=NAME_BYTES, max_length=NAME_BYTES)]], Field(max_length=MAX_PREFIX)
+]
+"""Of the pages that a session begins with (:mod:`swarm.page_names`)."""
 
 
 def _printable(text: str) -> str:
@@ -97,6 +108,8 @@ class Open(_Message):
     """Rather leave out experts that nobody hosts than wait for them."""
     is_last: bool = False
     """These are the last blocks: results go to nobody but the client."""
+    prefix: PageNames = []
+    """What will come first. How much of it do you know?"""
 
 
 class Opened(_Message):
@@ -105,6 +118,8 @@ class Opened(_Message):
     type: Literal["opened"] = "opened"
     dtype: str = Field(max_length=16)
     """The precision in which hidden states are to be sent, and come back."""
+    known: int = Field(default=0, ge=0, le=MAX_PREFIX)
+    """So many pages of the prefix are known: they can be recalled."""
 
 
 class Link(_Message):
@@ -150,6 +165,8 @@ class Attach(_Message):
 
     type: Literal["attach"] = "attach"
     session: SessionToken
+    prefix: PageNames = []
+    """As in ``Open``."""
 
 
 class Attached(_Message):
@@ -158,6 +175,8 @@ class Attached(_Message):
     type: Literal["attached"] = "attached"
     fresh: bool
     """Send the session's whole state first: nothing has come yet."""
+    known: int = Field(default=0, ge=0, le=MAX_PREFIX)
+    """As in ``Opened``."""
 
 
 class TakeOver(_Message):
@@ -221,6 +240,17 @@ class Replay(_Message):
     link: int = Field(default=0, ge=0)
     """(server → client) for the successor on this link."""
     tensors: list[TensorHeader] = Field(max_length=4)
+
+
+class Recall(_Message):
+    """(to a fresh server) The session begins with pages that you said you know. Like a ``Replay``, without tensors."""
+
+    type: Literal["recall"] = "recall"
+    sequence: int = Field(ge=0)
+    """As in ``Replay``."""
+    positions: int = Field(ge=PAGE, le=MAX_PREFIX * PAGE, multiple_of=PAGE)
+    last: bool
+    """Nothing more is to come."""
 
 
 class Replayed(_Message):
@@ -315,7 +345,7 @@ class Close(_Message):
 
 Message = (
     Hello | Open | Opened | Link | Promote | Linked | LinkLost | Attach | Attached | TakeOver
-    | Step | Replay | Replayed | Output | Refusal | Drain | Ping | Pong | Close
+    | Step | Replay | Recall | Replayed | Output | Refusal | Drain | Ping | Pong | Close
     | OpenExperts | ExpertsOpened | ComputeExperts | ExpertOutputs
 )  # fmt: skip
 

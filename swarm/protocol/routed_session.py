@@ -16,9 +16,11 @@ from enum import Enum, auto
 import torch
 
 from swarm.errors import ProtocolError
+from swarm.page_names import PAGE, names_of
 from swarm.protocol.codec import decode_hidden_states, encode_hidden_states
 from swarm.protocol.history import History
 from swarm.protocol.messages import (
+    MAX_PREFIX,
     MAX_STEP_POSITIONS,
     Drain,
     HopTime,
@@ -29,6 +31,7 @@ from swarm.protocol.messages import (
     Opened,
     Output,
     Promote,
+    Recall,
     Replay,
     Replayed,
     Step,
@@ -75,6 +78,8 @@ class OpenHop:
     place: Place
     token: str
     standby: bool
+    prefix: tuple[bytes, ...] = ()
+    """Names of the pages that will come first."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,13 @@ class _Hop:
     token: str
     opened: bool = False
     dtype: torch.dtype = torch.float32
+    prefix: tuple[bytes, ...] = ()
+    """What it was asked whether it knows: names of what the step `names_step` and those after it begin with."""
+    names_step: int = 0
+    known: int = 0
+    """So many positions of that it can recall."""
+    recalls: int = 0
+    """So many of the session's first positions it need not be told."""
     fresh: bool = True
     """It has not been told, or been made sure to be told, the session's state."""
     settled: bool = False
@@ -184,6 +196,7 @@ class RoutedSession:
         chain: bool = True,
         standbys: bool = False,
         codec: str | None = None,
+        dtype: torch.dtype = torch.float32,
         window: int = 8,
     ) -> None:
         """
@@ -191,10 +204,12 @@ class RoutedSession:
             new_token: a fresh random session token, 32 hexadecimal digits.
             chain: let servers send to one another; if not, everything passes through the client.
             standbys: keep a second server of every span up to date.
+            dtype: the precision in which servers are expected to take hidden states.
             window: steps under way at once.
         """
         self._num_blocks, self._hidden_size, self._new_token = num_blocks, hidden_size, new_token
         self._chain, self._standbys, self._codec, self._window = chain, standbys, codec, window
+        self._dtype = dtype
         self._history = History()  # after the last step that was delivered
         self._sequence = self._delivered = 0
         self._waiting: deque[_Sent] = deque()  # not sent yet
@@ -273,7 +288,9 @@ class RoutedSession:
                 continue
             hop = self._new_hop(place)
             self._hops.append(hop)
-            actions.append(OpenHop(hop.number, place, hop.token, standby=False))
+            if place.start == 0 and self._waiting:
+                hop.prefix, hop.names_step = self._prefix(), self._waiting[0].step.sequence
+            actions.append(OpenHop(hop.number, place, hop.token, standby=False, prefix=hop.prefix))
         self._hops.sort(key=lambda hop: hop.place.start)
         return actions + self._advance()
 
@@ -297,10 +314,11 @@ class RoutedSession:
         if hop is None:
             return []
         match message:
-            case Opened(dtype=dtype):
+            case Opened(dtype=dtype, known=known):
                 if dtype not in DTYPES or not DTYPES[dtype].is_floating_point:
                     raise ProtocolError(f"the server asks for hidden states as {dtype!r}")
                 hop.opened, hop.dtype = True, DTYPES[dtype]
+                hop.known = PAGE * min(known, len(hop.prefix)) if hop.dtype is self._dtype else 0
             case Linked(link=link):
                 for one in (hop.link, hop.standby_link):
                     if one is not None and one.number == link:
@@ -402,7 +420,7 @@ class RoutedSession:
         actions: list[Action] = []
         head = self._hops[0]
         if head.fresh:
-            actions += self._replay_to(head)
+            actions += [*self._skip_known(head), *self._replay_to(head)]
         for hop, successor in zip(list(self._hops), [*self._hops[1:], None], strict=True):
             for one in (hop, hop.standby):
                 if one is None or not one.opened:
@@ -468,6 +486,51 @@ class RoutedSession:
                 standby.fresh = False
         return actions
 
+    def _prefix(self) -> tuple[bytes, ...]:
+        """Names of the pages that a session begins with of which nothing was told to anybody yet."""
+        if self._history or self._under_way or self._codec is not None:
+            return ()
+        first: list[torch.Tensor] = []
+        for sent in self._waiting:
+            if not self._can_be_named(sent, sum(map(len, first))):
+                break
+            first.append(sent.tensors["hidden_states"][0].to(self._dtype))
+        return tuple(names_of(first, MAX_PREFIX))
+
+    @staticmethod
+    def _can_be_named(sent: _Sent, position: int) -> bool:
+        """Whether a step is one plain sequence that goes on from `position`."""
+        is_plain = sent.tensors.keys() == {"hidden_states"} and sent.tensors["hidden_states"].shape[0] == 1
+        return is_plain and sent.step.reorder is None and sent.step.position == position
+
+    def _skip_known(self, head: _Hop) -> list[Action]:
+        """Count as delivered what the first server can recall, of the positions of which nothing is wanted."""
+        if not head.known or self._history or self._under_way or not self._waiting:
+            return []
+        if self._waiting[0].step.sequence != head.names_step:
+            return []
+        room = 0
+        for sent in self._waiting:
+            if not self._can_be_named(sent, room):
+                break
+            count, wanted = sent.tensors["hidden_states"].shape[1], sent.step.wanted
+            room += count - (count if wanted is None else min(wanted, count))
+            if wanted != 0:
+                break
+        head.recalls = min(head.known, room) // PAGE * PAGE
+        actions: list[Action] = []
+        while (left := head.recalls - len(self._history)) > 0:
+            sent = self._waiting.popleft()
+            states = sent.tensors["hidden_states"]
+            self._history.append(states[:, :left])
+            if left < states.shape[1]:
+                step = sent.step.model_copy(update={"position": head.recalls})
+                self._waiting.appendleft(_Sent(step, {"hidden_states": states[:, left:]}))
+            else:
+                self._delivered = sent.step.sequence
+                actions.append(Delivered(sent.step.sequence, states[:, :0], ()))
+        return actions
+
     def _replay_to(self, hop: _Hop) -> list[Action]:
         """Tell a server that is first in the chain all that was delivered."""
         hop.fresh = False
@@ -475,9 +538,13 @@ class RoutedSession:
         if not length:
             hop.settled = True
             return []
+        if hop.recalls:
+            recall = Recall(sequence=self._delivered, positions=hop.recalls, last=hop.recalls == length)
+            actions: list[Action] = [ToHop(hop.number, recall)]
+        else:
+            actions = []
         each = max(1, MAX_STEP_POSITIONS // self._history.batch)
-        actions: list[Action] = []
-        for begin in range(0, length, each):
+        for begin in range(hop.recalls, length, each):
             end = min(begin + each, length)
             part = Replay(sequence=self._delivered, position=begin, last=end == length, tensors=[])
             tensors = self._history.between(begin, end)

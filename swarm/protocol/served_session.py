@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from swarm.errors import ProtocolError, RemoteError
+from swarm.page_names import PAGE
 from swarm.protocol.codec import decode_hidden_states, encode_hidden_states
 from swarm.protocol.history import History
 from swarm.protocol.messages import (
@@ -33,6 +34,7 @@ from swarm.protocol.messages import (
     Open,
     Output,
     Promote,
+    Recall,
     Refusal,
     Replay,
     Replayed,
@@ -62,7 +64,17 @@ class Work:
     """[batch, n, hidden]"""
     position_ids: torch.Tensor | None
     mask: torch.Tensor | None
-    source: Step | Replay = field(repr=False)
+    source: Step | Replay | Recall = field(repr=False)
+
+    @property
+    def recalled(self) -> int:
+        """So many positions are not carried: begin anew, with what is known of the session's prefix."""
+        return self.source.positions if isinstance(self.source, Recall) else 0
+
+    @property
+    def count(self) -> int:
+        """Positions per sequence."""
+        return self.recalled + self.hidden_states.shape[1]
 
     def split(self, count: int) -> list[Work]:
         """The same in parts of at most `count` positions per sequence, one to be run after the other."""
@@ -155,6 +167,8 @@ class _Successor:
     open: bool
     fresh: bool
     """It is being told the session's state."""
+    known: int = 0
+    """So many positions that come of this session's prefix it can recall."""
     link_s: float | None = None
 
 
@@ -164,13 +178,14 @@ class ServedSession:
     Attributes:
         batch: sequences that the cache will hold after the work that was accepted.
         position: positions that it will hold.
+        known: positions of the session's prefix that can be recalled: whoever asked was told so.
         standby: nothing is sent on.
         degraded: experts were left out of what was computed; every result is marked so.
     """
 
     def __init__(self, request: Open, hidden_size: int) -> None:
         self._request, self._hidden_size = request, hidden_size
-        self.batch, self.position = request.batch, 0
+        self.batch, self.position, self.known = request.batch, 0, 0
         self.standby = request.standby
         self.degraded = False
         self._fresh = True
@@ -182,6 +197,7 @@ class ServedSession:
         self._repeated: deque[tuple[Step, int]] = deque(maxlen=_REMEMBERED_STEPS)
         self._withheld: deque[tuple[Step, int]] = deque(maxlen=_REMEMBERED_STEPS)  # while on standby
         self._history = History(request.max_length)
+        self._recalled = 0  # so many positions of it, the first ones, are what comes of the prefix
         self._discard_running = False
         self._replaying = False
         self._settled = False  # and the client knows that this server has the session's state
@@ -189,6 +205,16 @@ class ServedSession:
         self._highest_link = 0
         self._successor = _Successor(link=0, through_client=True, open=True, fresh=False)
         self._standby_successor: _Successor | None = None
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """``[start, end)``"""
+        return self._request.start, self._request.end
+
+    @property
+    def is_busy(self) -> bool:
+        """Something is to be computed."""
+        return self._running is not None or bool(self._waiting)
 
     def attach(self) -> bool:
         """A predecessor attaches; returns whether it must send the session's state first.
@@ -200,6 +226,7 @@ class ServedSession:
             self._waiting_positions = 0
             self._repeated.clear()
             self._history.truncate(0)
+            self._recalled = 0
             self._discard_running = self._running is not None
             self._fresh, self._replaying, self.position = True, False, 0
         return self._fresh
@@ -229,6 +256,8 @@ class ServedSession:
                 return self._step(message, tensors)
             case Replay():
                 return self._replay(message, tensors)
+            case Recall():
+                return self._recall(message)
             case _:
                 raise ProtocolError(f"unexpected message {message.type!r} in a session")
 
@@ -240,8 +269,10 @@ class ServedSession:
             self._discard_running = False
             return self._next()
         self._history.truncate(work.position)
+        self._recalled = min(self._recalled, work.position)
         if work.reorder is not None:
             self._history.reorder(torch.tensor(work.reorder))
+            self._recalled = 0
         self._history.append(output, work.position_ids, work.mask)
         actions: list[Action] = []
         match work.source:
@@ -252,7 +283,10 @@ class ServedSession:
                     actions.append(ToClient(Replayed(sequence=step.sequence)))
                 actions += self._send_on(step, output.shape[1], spent, output)
             case Replay() as part:
-                actions += self._replay_on(part, output.shape[1])
+                actions += self._replay_on(part.sequence, part.position, output.shape[1], last=part.last)
+            case Recall() as part:
+                self._recalled = part.positions
+                actions += self._replay_on(part.sequence, 0, part.positions, last=part.last)
         return actions + self._next()
 
     def failed(self, error: RemoteError) -> list[Action]:
@@ -264,12 +298,17 @@ class ServedSession:
         """Tell the client why not."""
         return [ToClient(Refusal(code=error.code, reason=str(error)[:2000], retry_after_s=retry_after_s))]
 
-    def link_opened(self, link: int, fresh: bool) -> list[Action]:
-        """A link that was dialled stands; `fresh`: the successor knows nothing yet."""
+    def link_opened(self, link: int, fresh: bool, known: int = 0) -> list[Action]:
+        """A link that was dialled stands.
+
+        Args:
+            fresh: the successor knows nothing yet, …
+            known: … but can recall so many positions of what comes of this session's prefix.
+        """
         successor = self._find(link)
         if successor is None:
             return [HangUp(link)]
-        successor.open, successor.fresh = True, fresh
+        successor.open, successor.fresh, successor.known = True, fresh, known
         actions = list(self._replay_to(successor)) if fresh else []
         return [*actions, ToClient(Linked(link=link))]
 
@@ -366,6 +405,12 @@ class ServedSession:
             self._replaying, self._accepted, self._replayed_sequence = True, part.sequence, part.sequence
         return self._accept(work)
 
+    def _recall(self, part: Recall) -> list[Action]:
+        if not self._fresh or part.positions > self.known:
+            raise ProtocolError(f"{part.positions} positions are to be recalled; {self.known} are known")
+        self._replaying, self._accepted, self._replayed_sequence = True, part.sequence, part.sequence
+        return self._accept(Work(0, None, torch.empty(1, 0, self._hidden_size), None, None, part))
+
     def _validated(self, message: Step | Replay, reorder: list[int] | None, tensors: dict[str, torch.Tensor]) -> Work:
         hidden_states = decode_hidden_states(tensors, self._hidden_size)
         batch, count, _ = hidden_states.shape
@@ -388,7 +433,7 @@ class ServedSession:
     def _accept(self, work: Work) -> list[Action]:
         if len(self._waiting) >= _MAX_WAITING:
             raise ProtocolError(f"more than {_MAX_WAITING} steps are waiting in this session")
-        batch, count, _ = work.hidden_states.shape
+        batch, count = work.hidden_states.shape[0], work.count
         if self._waiting_positions + batch * count > _MAX_WAITING_POSITIONS:
             raise ProtocolError(f"more than {_MAX_WAITING_POSITIONS} positions are waiting in this session")
         self._fresh = False
@@ -401,7 +446,7 @@ class ServedSession:
         if self._running is not None or not self._waiting:
             return []
         self._running = self._waiting.popleft()
-        self._waiting_positions -= self._running.hidden_states.shape[:2].numel()
+        self._waiting_positions -= self._running.hidden_states.shape[0] * self._running.count
         return [Compute(self._running)]
 
     def _send_on(
@@ -450,17 +495,16 @@ class ServedSession:
             degraded=self.degraded,
         )
 
-    def _replay_on(self, part: Replay, count: int) -> list[Action]:
-        """Part of a replay has been computed: pass it on to whoever is fresh, too."""
+    def _replay_on(self, sequence: int, begin: int, count: int, *, last: bool) -> list[Action]:
+        """Part of a replay has been computed, or recalled: pass it on to whoever is fresh, too."""
         actions: list[Action] = []
         for successor in self._successors():
             if successor.open and successor.fresh:
-                begin, end = part.position, part.position + count
-                actions += self._parts(successor, part.sequence, begin, end, last=part.last)
-                successor.fresh = not part.last
-        if part.last:
-            self._replaying, self._done, self._settled = False, part.sequence, True
-            actions.append(ToClient(Replayed(sequence=part.sequence)))
+                actions += self._parts(successor, sequence, begin, begin + count, last=last)
+                successor.fresh = not last
+        if last:
+            self._replaying, self._done, self._settled = False, sequence, True
+            actions.append(ToClient(Replayed(sequence=sequence)))
             repeated = list(self._repeated)
             self._repeated.clear()
             for step, positions in repeated:
@@ -475,8 +519,12 @@ class ServedSession:
             yield from self._parts(successor, sequence, 0, len(self._history), last=not self._replaying)
 
     def _parts(self, successor: _Successor, sequence: int, begin: int, end: int, *, last: bool) -> Iterator[Action]:
+        known = min(successor.known, self._recalled, end) // PAGE * PAGE if begin == 0 else 0
+        if known:
+            recall = Recall(sequence=sequence, positions=known, last=last and known == end)
+            yield ToSuccessor(successor.link, recall, {})
         each = max(1, MAX_STEP_POSITIONS // self._history.batch)
-        for first in range(begin, end, each):
+        for first in range(begin + known, end, each):
             until = min(first + each, end)
             part = Replay(
                 sequence=sequence,

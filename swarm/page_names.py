@@ -1,0 +1,87 @@
+"""Names of what a session begins with: a chain of hashes over hidden states, page by page.
+
+A server that has computed a page of positions remembers it by its name, so whoever comes with the same beginning is not
+computed again; and who is about to send hidden states can ask by name whether the other side has seen them already,
+and then need not send them. A name stands for the page and for all before it. Who knows it knows the content: it
+says nothing to anybody else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy
+import torch
+
+PAGE = 16
+"""Positions on a page."""
+NAME_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Content:
+    """All that the keys and values of some positions depend on, besides what came before."""
+
+    ids: memoryview
+    """Their numbers, int64."""
+    states: memoryview
+    """The hidden states that came in, as bytes."""
+
+    @classmethod
+    def of(cls, ids: torch.Tensor, states: torch.Tensor) -> Content:
+        """Of ``[n]`` and ``[n, hidden]``, on the CPU; their memory is used on."""
+        return cls(ids.to(torch.int64).contiguous().numpy().data, states.contiguous().view(torch.uint8).numpy().data)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def part(self, begin: int, end: int) -> Content:
+        """Of the positions ``[begin, end)``."""
+        return Content(self.ids[begin:end], self.states[begin:end])
+
+    def copy(self) -> Content:
+        """In memory of its own, with nothing else."""
+        return Content(numpy.array(self.ids).data, numpy.array(self.states).data)
+
+
+def part_of(contents: Sequence[Content], begin: int, end: int) -> list[Content]:
+    """Of the positions ``[begin, end)`` of what follows one another."""
+    parts, at = [], 0
+    for content in contents:
+        if begin < at + len(content) and at < end:
+            parts.append(content.part(max(begin - at, 0), end - at))
+        at += len(content)
+    return parts
+
+
+def name_of(before: bytes, page: Iterable[Content]) -> bytes:
+    """Of a page, whatever parts it came in.
+
+    Args:
+        before: the name of the page before it; nothing for the first.
+    """
+    parts = list(page)
+    name = hashlib.blake2b(before, digest_size=NAME_BYTES)
+    for content in parts:
+        name.update(content.ids)
+    for content in parts:
+        name.update(content.states)
+    return name.digest()
+
+
+def names_of(hidden_states: Sequence[torch.Tensor], most: int) -> list[bytes]:
+    """Of the full pages of one sequence, from position 0 on, `most` at most.
+
+    Args:
+        hidden_states: ``[n, hidden]`` each, one after the other, on the CPU.
+    """
+    contents, at = [], 0
+    for states in hidden_states:
+        contents.append(Content.of(torch.arange(at, at + len(states)), states))
+        at += len(states)
+    names: list[bytes] = []
+    for begin in range(0, min(at // PAGE, most) * PAGE, PAGE):
+        names.append(name_of(names[-1] if names else b"", part_of(contents, begin, begin + PAGE)))
+    return names
