@@ -200,11 +200,11 @@ def test_a_fresh_successor_recalls_what_it_knows_and_is_told_the_rest(
 def test_a_successor_recalls_nothing_of_what_has_changed_since() -> None:
     hosted = knowing(48)
     hosted.recall(4, 48)
-    hosted.step(5, 20, states(1, 3))
-    assert told(hosted.link(fresh=True, known=48)) == [(Recall, 16, False), (Replay, 7, True)]
-    hosted.send(6, 23, states(2, 1), reorder=[0, 0])
+    hosted.step(5, 20, states(1, 30))
+    assert told(hosted.link(fresh=True, known=48)) == [(Recall, 16, False), (Replay, 34, True)]
+    hosted.send(6, 50, states(2, 1), reorder=[0, 0])
     hosted.compute_all()
-    assert told(hosted.link(2, fresh=True, known=48)) == [(Replay, 24, True)]
+    assert told(hosted.link(2, fresh=True, known=48)) == [(Replay, 51, True)]
 
 
 def test_a_successor_recalls_nothing_that_came_here_in_another_way() -> None:

@@ -226,7 +226,6 @@ class ServedSession:
             self._waiting_positions = 0
             self._repeated.clear()
             self._history.truncate(0)
-            self._recalled = 0
             self._discard_running = self._running is not None
             self._fresh, self._replaying, self.position = True, False, 0
         return self._fresh
