@@ -47,15 +47,15 @@ class HeldSession:
         """``[start, end)``"""
         return self.span.start, self.span.end
 
-    def knows(self, prefix: Sequence[bytes]) -> int:
-        """How many of the pages that it is going to begin with the server has computed before."""
-        return len(self.cache.known(prefix[: self.reserved_positions // PAGE])) if self._may_recall else 0
+    def of_use(self, prefix: Sequence[bytes]) -> list[bytes]:
+        """Of the pages that it is going to begin with, those that could be recalled if they were known."""
+        return list(prefix[: self.reserved_positions // PAGE]) if self._may_reuse and self.batch == 1 else []
 
     def begins_with(self, prefix: Sequence[bytes]) -> int:
         """Note what the session is going to begin with; returns how many positions of it can be recalled."""
-        pages = self.knows(prefix)
-        self.prefix = list(prefix[:pages])
-        return pages * PAGE
+        prefix = self.of_use(prefix)
+        self.prefix = prefix[: len(self.cache.known(prefix))]
+        return len(self.prefix) * PAGE
 
     def hold_prefix(self) -> None:
         """Keep the known beginning until it is recalled, or another one comes. Called on the compute thread only."""
@@ -132,10 +132,6 @@ class HeldSession:
         if known is None:
             raise Forgotten(f"of {positions} positions that this session begins with, some are not known any more")
         return torch.cat(known).unsqueeze(0)
-
-    @property
-    def _may_recall(self) -> bool:
-        return self._may_reuse and self.batch == 1
 
     @property
     def _may_reuse(self) -> bool:

@@ -179,7 +179,8 @@ class StreamServer:
 
     async def wait_for_others(self, held: HeldSession, prefix: Sequence[bytes]) -> None:
         """Wait until what other sessions are bringing of the pages `prefix` is known, as long as they get on."""
-        while (known := held.knows(prefix)) < len(prefix):
+        prefix = held.of_use(prefix)
+        while (known := len(held.cache.known(prefix))) < len(prefix):
             if not any(other.brings(held, prefix, known) for other in self.sessions.values()):
                 return
             with contextlib.suppress(TimeoutError):
@@ -289,6 +290,7 @@ class SessionStream:
         self._ended = asyncio.Event()
         self._promised: Sequence[bytes] = ()  # pages that its client is going to send
         self._got_on_at = time.monotonic()
+        self._letting_in: asyncio.Task[None] | None = None
         self.predecessors: set[asyncio.StreamWriter] = set()
         """Link streams that lead here."""
 
@@ -305,6 +307,8 @@ class SessionStream:
                     future.cancel()  # nobody waits for the result any more
                 for _, task in self._links.values():
                     task.cancel()
+                if self._letting_in is not None:
+                    self._letting_in.cancel()
         finally:
             for writer in self.predecessors:
                 writer.close()
@@ -320,11 +324,13 @@ class SessionStream:
         """Whether it is at work on the next of the pages `prefix`, of which `held` would know so many."""
         if self._held is None or self._session is None or self._held is held or self._held.blocks != held.blocks:
             return False
-        if time.monotonic() > self._got_on_at + _COMING_WITHIN_S:
+        has_passed = self._session.computed_positions >= (known + 1) * PAGE
+        if has_passed or time.monotonic() > self._got_on_at + _COMING_WITHIN_S:
             return False
         if self._promised[: known + 1] == prefix[: known + 1]:
-            return self._session.is_busy or self._session.position <= known * PAGE
-        return known > 0 and self._session.is_busy and self._held.cache.names == prefix[:known]
+            return True
+        has_more = self._session.position >= (known + 1) * PAGE
+        return known > 0 and has_more and self._held.cache.names == prefix[:known]
 
     async def attach(self, prefix: Sequence[bytes]) -> Attached:
         """A predecessor has come: it is told whether it must send the session's state first, and what is known of it.
@@ -404,8 +410,11 @@ class SessionStream:
         self._token = request.session
         server.opened(request.session, self)
         self._session = ServedSession(request, server.hidden_size)
-        assert self._tasks is not None
-        self._tasks.create_task(self._let_in(request.prefix))
+        if request.prefix:
+            assert self._tasks is not None
+            self._letting_in = self._tasks.create_task(self._let_in(request.prefix))
+        else:
+            self._wire.send(Opened(dtype=server.dtype))
 
     async def _let_in(self, prefix: Sequence[bytes]) -> None:
         assert self._held is not None
@@ -413,7 +422,7 @@ class SessionStream:
         known = self._known(prefix)
         self._promised, self._got_on_at = prefix, time.monotonic()
         self._wire.send(Opened(dtype=self._server.dtype, known=known))
-        write(self._writer, self._wire.take_outgoing())
+        await self._flush()
 
     def _act(self, actions: list[Action]) -> None:
         assert self._session is not None and self._tasks is not None

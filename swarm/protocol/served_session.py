@@ -212,9 +212,9 @@ class ServedSession:
         return self._request.start, self._request.end
 
     @property
-    def is_busy(self) -> bool:
-        """Something is to be computed."""
-        return self._running is not None or bool(self._waiting)
+    def computed_positions(self) -> int:
+        """As far as it has got; what was accepted may go further."""
+        return len(self._history)
 
     def attach(self) -> bool:
         """A predecessor attaches; returns whether it must send the session's state first.
