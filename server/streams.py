@@ -60,7 +60,11 @@ PART = 32
 _TOKENS_COME_FOR_S = 0.25
 """So long after the last one, the next is expected."""
 _COMING_WITHIN_S = 1.0
-"""If another session is about to bring what this one begins with, that is waited for as long as it gets on."""
+"""If another session is about to bring what this one begins with, that is waited for as long as it gets on, …"""
+_LET_IN_WITHIN_S = 60.0
+"""… but no longer than this, …"""
+_ATTACHED_WITHIN_S = 1.0
+"""… and over a link, whose other end is pinging meanwhile, than this."""
 _GRACE_S = 2.0
 """Experts are waited for so long, once in a session, before one that allows it goes on without them."""
 _TASK_FAILURES = (OSError, TimeoutError)
@@ -177,15 +181,17 @@ class StreamServer:
         self._progress.set()
         self._progress = asyncio.Event()
 
-    async def wait_for_others(self, held: HeldSession, prefix: Sequence[bytes]) -> None:
+    async def wait_for_others(self, held: HeldSession, prefix: Sequence[bytes], within_s: float) -> None:
         """Wait until what other sessions are bringing of the pages `prefix` is known, as long as they get on."""
-        prefix = held.of_use(prefix)
+        prefix, until = held.of_use(prefix), time.monotonic() + within_s
         while (known := len(held.cache.known(prefix))) < len(prefix):
             if not any(other.brings(held, prefix, known) for other in self.sessions.values()):
                 return
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_COMING_WITHIN_S):
+                async with asyncio.timeout(min(_COMING_WITHIN_S, until - time.monotonic())):
                     await self._progress.wait()
+            if time.monotonic() >= until:
+                return
 
     def begin(
         self, table: SessionTable, held: HeldSession, work: Work, *, can_wait: bool
@@ -339,7 +345,7 @@ class SessionStream:
             prefix: names of the pages that will come first.
         """
         if self._held is not None:
-            await self._server.wait_for_others(self._held, prefix)
+            await self._server.wait_for_others(self._held, prefix, _ATTACHED_WITHIN_S)
         if self._session is None:
             raise ProtocolError("a link asks for a session that has just ended")
         fresh = self._session.attach()
@@ -418,7 +424,7 @@ class SessionStream:
 
     async def _let_in(self, prefix: Sequence[bytes]) -> None:
         assert self._held is not None
-        await self._server.wait_for_others(self._held, prefix)
+        await self._server.wait_for_others(self._held, prefix, _LET_IN_WITHIN_S)
         known = self._known(prefix)
         self._promised, self._got_on_at = prefix, time.monotonic()
         self._wire.send(Opened(dtype=self._server.dtype, known=known))
