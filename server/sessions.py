@@ -72,7 +72,7 @@ class HeldSession:
             return None
         if work.mask is not None or self.mask is not None or self.leaves_out is not None:
             return None
-        return (self.span.start, self.span.end) if work.hidden_states.shape[1] <= self.together.most_positions else None
+        return self.blocks if work.hidden_states.shape[1] <= self.together.most_positions else None
 
     def run(self, work: Work) -> torch.Tensor:
         """Run a step on the device; the result is on the CPU.

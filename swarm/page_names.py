@@ -32,7 +32,7 @@ class Content:
     @classmethod
     def of(cls, ids: torch.Tensor, states: torch.Tensor) -> Content:
         """Of ``[n]`` and ``[n, hidden]``, on the CPU; their memory is used on."""
-        return cls(ids.to(torch.int64).contiguous().numpy().data, states.contiguous().view(torch.uint8).numpy().data)
+        return cls(ids.to(torch.int64).contiguous().numpy().data, _bytes_of(states))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -63,12 +63,16 @@ def name_of(before: bytes, page: Iterable[Content]) -> bytes:
         before: the name of the page before it; nothing for the first.
     """
     parts = list(page)
-    name = hashlib.blake2b(before, digest_size=NAME_BYTES)
-    for content in parts:
-        name.update(content.ids)
-    for content in parts:
-        name.update(content.states)
-    return name.digest()
+    return _hashed(before, [content.ids for content in parts], [content.states for content in parts])
+
+
+def name_made(before: bytes, page: Iterable[Content], output: torch.Tensor) -> bytes:
+    """Of what a server makes of a page, `output` ``[PAGE, hidden]``: so the next one calls what comes in.
+
+    Args:
+        before: likewise, of the page before it.
+    """
+    return _hashed(before, [content.ids for content in page], [_bytes_of(output)])
 
 
 def names_of(hidden_states: Sequence[torch.Tensor], most: int) -> list[bytes]:
@@ -85,3 +89,14 @@ def names_of(hidden_states: Sequence[torch.Tensor], most: int) -> list[bytes]:
     for begin in range(0, min(at // PAGE, most) * PAGE, PAGE):
         names.append(name_of(names[-1] if names else b"", part_of(contents, begin, begin + PAGE)))
     return names
+
+
+def _hashed(before: bytes, ids: Iterable[memoryview], states: Iterable[memoryview]) -> bytes:
+    name = hashlib.blake2b(before, digest_size=NAME_BYTES)
+    for part in (*ids, *states):
+        name.update(part)
+    return name.digest()
+
+
+def _bytes_of(states: torch.Tensor) -> memoryview:
+    return states.contiguous().view(torch.uint8).numpy().data

@@ -98,6 +98,7 @@ class Serving:
     server: Server
     hop: int
     machine: ServedSession
+    blocks: tuple[int, int]
     cache: ToyCache
     computing: deque[Work] = field(default_factory=deque)
     wires: dict[int, Wiring] = field(default_factory=dict)
@@ -117,10 +118,6 @@ class Serving:
         self.prefix = prefix[: len(self.known(prefix))]
         self.machine.known = PAGE * len(self.prefix)
         return len(self.prefix)
-
-    @property
-    def blocks(self) -> tuple[int, int]:
-        return self.machine.blocks
 
     def recall(self, positions: int) -> torch.Tensor | None:
         pages = [self.server.pages.get((*self.blocks, name)) for name in self.prefix[: positions // PAGE]]
@@ -327,7 +324,7 @@ class SimulatedSwarm:
             standby=action.standby, is_last=action.place.end == self.num_blocks,
         )  # fmt: skip
         cache = ToyCache(action.place.start, action.place.end)
-        serving = Serving(server, hop, ServedSession(request, HIDDEN), cache)
+        serving = Serving(server, hop, ServedSession(request, HIDDEN), (request.start, request.end), cache)
         server.sessions[action.token] = serving
         self._serving[hop] = serving
         self._up[hop].append((Opened(dtype="float32", known=serving.begins_with(list(action.prefix))), {}))

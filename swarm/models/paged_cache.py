@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Dynam
 from swarm.errors import UnsupportedFamily
 from swarm.models.pages import Claim, Pages, pages_for
 from swarm.models.span import Span
-from swarm.page_names import PAGE, Content, name_of, part_of
+from swarm.page_names import PAGE, Content, name_made, name_of, part_of
 
 
 @dataclass(frozen=True)
@@ -375,11 +375,10 @@ class PagedCache(Cache):  # type: ignore[misc]
             went = torch.cat(sequence.went)
             full = len(went) // PAGE * PAGE
             for begin in range(0, full, PAGE):
-                name = name_of(sequence.last_name, part_of(sequence.came, begin, begin + PAGE))
-                page, output = sequence.pages[len(sequence.names)], went[begin : begin + PAGE].clone()
-                ids = [content.ids for content in part_of(sequence.came, begin, begin + PAGE)]
+                came, output = part_of(sequence.came, begin, begin + PAGE), went[begin : begin + PAGE].clone()
+                name, page = name_of(sequence.last_name, came), sequence.pages[len(sequence.names)]
                 before = sequence.made[-1] if sequence.made else b""
-                made = _Made(output, _name_made(before, ids, output), before)
+                made = _Made(output, name_made(before, came, output), before)
                 self.pool.pages.remember(page, self._salt + name, made)
                 sequence.names.append(name)
                 sequence.made.append(made.name)
@@ -476,9 +475,3 @@ class _PagedLayer(CacheLayerMixin):  # type: ignore[misc]
     def get_max_length(self) -> int:
         """No maximum."""
         return -1
-
-
-def _name_made(before: bytes, ids: Sequence[memoryview], output: torch.Tensor) -> bytes:
-    """What a page is called where it leaves the span, `output` ``[PAGE, hidden]`` being made of it."""
-    counted = torch.cat([torch.frombuffer(some, dtype=torch.int64) for some in ids])
-    return name_of(before, [Content.of(counted, output)])

@@ -10,8 +10,24 @@ Span = tuple[int, int]
 """Blocks ``[start, end)``."""
 
 
+class _Blocks:
+    """What has a beginning and an end."""
+
+    start: int
+    end: int
+
+    @property
+    def span(self) -> Span:
+        return self.start, self.end
+
+    @property
+    def length(self) -> int:
+        """How many blocks they are."""
+        return self.end - self.start
+
+
 @dataclass(frozen=True)
-class Hosting:
+class Hosting(_Blocks):
     """What one server hosts, or is loading, as others see it."""
 
     peer_id: str
@@ -23,15 +39,6 @@ class Hosting:
     """It will be gone soon, and counts for nothing."""
     rtts_s: Mapping[str, float] = field(default_factory=dict)
     """Seconds of a round trip to other servers, by peer id."""
-
-    @property
-    def span(self) -> Span:
-        return self.start, self.end
-
-    @property
-    def length(self) -> int:
-        """How many blocks it hosts."""
-        return self.end - self.start
 
 
 @dataclass(frozen=True)
@@ -51,24 +58,9 @@ class Capacity:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class Loaded(_Blocks):
     """What a server has in memory: it may host any part of it, and another part a moment later."""
 
     start: int
     end: int
     capacity: Capacity
-
-    @classmethod
-    def just(cls, hosting: Hosting) -> Loaded:
-        """No more than what is hosted, and that whole."""
-        speed = hosting.steps_per_s * hosting.length
-        return cls(hosting.start, hosting.end, Capacity(hosting.length, speed))
-
-    @property
-    def span(self) -> Span:
-        return self.start, self.end
-
-    @property
-    def length(self) -> int:
-        """How many blocks they are."""
-        return self.end - self.start

@@ -207,11 +207,6 @@ class ServedSession:
         self._standby_successor: _Successor | None = None
 
     @property
-    def blocks(self) -> tuple[int, int]:
-        """``[start, end)``"""
-        return self._request.start, self._request.end
-
-    @property
     def computed_positions(self) -> int:
         """As far as it has got; what was accepted may go further."""
         return len(self._history)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from swarm.placement import Capacity, Coverage, Hosting, Loaded, Move, Span
+from swarm.placement import Coverage, Hosting, Loaded, Move, Span
 from swarm.simulation.outcome import Outcome, Sample
 from swarm.simulation.strategies import Strategy
 from swarm.simulation.world import World
@@ -25,7 +25,6 @@ _ALARM_S = 10.0
 class _Server:
     peer_id: str
     region: int
-    capacity: Capacity
     span: Span
     """What it hosts: what it has loaded, or a part of that."""
     steps_per_s: float
@@ -99,8 +98,7 @@ class _Swarm:
         life_s, crashes = nature.expovariate(1 / world.mean_life_s), nature.random() < world.crashes
         span = self._strategy.join(self._seen, capacity, self._random)
         steps_per_s = capacity.steps_per_s(span[1] - span[0])
-        loaded = Loaded(*span, capacity)
-        server = _Server(f"peer{next(self._number):08d}", region, capacity, span, steps_per_s, loaded)
+        server = _Server(f"peer{next(self._number):08d}", region, span, steps_per_s, Loaded(*span, capacity))
         self._servers[server.peer_id] = server
         self._announce(server, joining=True)
         self._after(_SETTLE_VIEWS * world.view_delay_s, lambda: self._settle(server))
@@ -122,7 +120,7 @@ class _Swarm:
 
     def _load(self, server: _Server) -> None:
         span = server.span
-        server.loaded = Loaded(*span, server.capacity)
+        server.loaded = Loaded(*span, server.loaded.capacity)
 
         def loaded() -> None:
             if not server.is_gone and server.span == span:
