@@ -19,7 +19,7 @@ import torch
 
 from swarm.client.server_view import ServerView, Wish
 from swarm.client.settings import ClientSettings
-from swarm.client.timing import HopTiming, StepTiming, time_by_hop
+from swarm.client.timing import HopTiming, StepTiming
 from swarm.errors import (
     REMOTE_ERRORS,
     CacheFull,
@@ -132,7 +132,8 @@ class Session:
         self._left_as_stuck = False  # in the step that is under way
         self._closed = False
         self.recoveries: list[Recovery] = []
-        self.last_step = StepTiming(0.0, ())
+        self._ways_s: dict[int, float | None] = {}  # to the servers of hops, as the view knows them
+        self.last_step = StepTiming(0.0)
         self.reroutes = 0
 
     @property
@@ -220,9 +221,7 @@ class Session:
                 stream.expecting = False
         self._position += count
         self._new_positions = 0
-        for number, place in self._machine.hops.items():
-            self._view.worked(place.peer_id, self._salt, self._streams[number][0].one_way_s)
-        self.last_step = self._timing(time.monotonic() - self._step_begun, delivered)
+        self.last_step = self._passed(delivered)
         outputs = [one.hidden_states.to(hidden_states.dtype) for one in delivered]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
@@ -552,11 +551,19 @@ class Session:
             )
         )
 
-    def _timing(self, total_s: float, delivered: list[Delivered]) -> StepTiming:
-        hops = self._machine.hops
-        ways_s = {place.start: self._streams[number][0].one_way_s or 0.0 for number, place in hops.items()}
-        peers = {place.start: place.peer_id for place in hops.values()}
-        return time_by_hop(total_s, [one.hops for one in delivered], peers, ways_s)
+    def _passed(self, delivered: list[Delivered]) -> StepTiming:
+        """The step has passed all servers: the view is told what is new about them."""
+        total_s, hops = time.monotonic() - self._step_begun, self._machine.hops
+        ways_s = {number: self._streams[number][0].one_way_s for number in hops}
+        for number, place in hops.items() if ways_s != self._ways_s else ():
+            self._view.worked(place.peer_id, self._salt, ways_s[number])
+        self._ways_s = ways_s
+        return StepTiming(
+            total_s,
+            [one.hops for one in delivered],
+            {place.start: place.peer_id for place in hops.values()},
+            {place.start: ways_s[number] or 0.0 for number, place in hops.items()},
+        )
 
 
 def _leg(place: Place) -> Leg:
@@ -577,6 +584,8 @@ def _wanted_of_piece(begin: int, end: int, count: int, wanted: int | None) -> in
 def _unless_default(ids: torch.Tensor | None, position: int, batch: int, count: int) -> torch.Tensor | None:
     """Position ids, unless they simply count on from `position`."""
     if ids is None:
+        return None
+    if ids.numel() == 1 and batch * count == 1 and int(ids) == position:  # as of nearly all tokens
         return None
     ids = ids.detach().to("cpu", torch.int64).expand(batch, count)
     return None if torch.equal(ids, torch.arange(position, position + count).expand(batch, count)) else ids

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from swarm.protocol.messages import HopTime
 
@@ -38,12 +39,22 @@ class HopTiming:
         return self.network_s + self.queue_s + self.compute_s
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepTiming:
     """A step, from the client's call to its result, in seconds."""
 
     total_s: float
-    hops: tuple[HopTiming, ...]
+    pieces: Sequence[Sequence[HopTime]] = field(default=(), repr=False)
+    """What the servers said, for every piece of the step."""
+    peers: Mapping[int, str] = field(default_factory=dict, repr=False)
+    """The server that begins at each block."""
+    ways_s: Mapping[int, float] = field(default_factory=dict, repr=False)
+    """From the client to the server that begins at each block, one way."""
+
+    @cached_property  # of most steps nobody asks
+    def hops(self) -> tuple[HopTiming, ...]:
+        """Server by server."""
+        return _time_by_hop(self.total_s, self.pieces, self.peers, self.ways_s)
 
     @property
     def degraded(self) -> bool:
@@ -51,16 +62,10 @@ class StepTiming:
         return any(hop.degraded for hop in self.hops)
 
 
-def time_by_hop(
-    total_s: float, steps: Sequence[Sequence[HopTime]], peers: dict[int, str], ways_s: dict[int, float]
-) -> StepTiming:
-    """Divide `total_s` among the servers.
-
-    Args:
-        steps: what the servers said, for every piece of the step.
-        peers: the server that begins at each block.
-        ways_s: from the client to the server that begins at each block, one way.
-    """
+def _time_by_hop(
+    total_s: float, steps: Sequence[Sequence[HopTime]], peers: Mapping[int, str], ways_s: Mapping[int, float]
+) -> tuple[HopTiming, ...]:
+    """Divide `total_s` among the servers."""
     hops = [hop for hop in (steps[-1] if steps else ()) if hop.start in peers]
     pieces = {hop.start: [one for step in steps for one in step if one.start == hop.start] for hop in hops}
     queue_s = {start: sum(one.queue_s for one in of_it) for start, of_it in pieces.items()}
@@ -80,22 +85,19 @@ def time_by_hop(
     known = min((way for way in ways if way), default=1.0)
     ways = [way or known for way in ways]  # no ping has come back yet
     whole = sum(ways)
-    return StepTiming(
-        total_s,
-        tuple(
-            HopTiming(
-                peers[hop.start],
-                hop.start,
-                hop.end,
-                queue_s[hop.start],
-                compute_s[hop.start],
-                shares_s[hop.start],
-                rest_s * way / whole,
-                sum(one.experts_s for one in pieces[hop.start]),
-                relayed=index > 0 and hops[index - 1].link_s is None,
-                codec=hop.codec,
-                degraded=any(one.degraded for one in pieces[hop.start]),
-            )
-            for index, (hop, way) in enumerate(zip(hops, ways, strict=True))
-        ),
+    return tuple(
+        HopTiming(
+            peers[hop.start],
+            hop.start,
+            hop.end,
+            queue_s[hop.start],
+            compute_s[hop.start],
+            shares_s[hop.start],
+            rest_s * way / whole,
+            sum(one.experts_s for one in pieces[hop.start]),
+            relayed=index > 0 and hops[index - 1].link_s is None,
+            codec=hop.codec,
+            degraded=any(one.degraded for one in pieces[hop.start]),
+        )
+        for index, (hop, way) in enumerate(zip(hops, ways, strict=True))
     )

@@ -292,7 +292,7 @@ class SessionStream:
         self._token = ""
         self._links: dict[int, tuple[OutgoingLink, asyncio.Task[None]]] = {}
         self._tasks: asyncio.TaskGroup | None = None
-        self._computing: tuple[asyncio.Future[Any], ...] = ()
+        self._computing: asyncio.Future[Any] | None = None
         self._ended = asyncio.Event()
         self._promised: Sequence[bytes] = ()  # pages that its client is going to send
         self._got_on_at = time.monotonic()
@@ -309,8 +309,8 @@ class SessionStream:
                 await self._ended.wait()
                 await self._flush()
                 reading.cancel()
-                for future in self._computing:
-                    future.cancel()  # nobody waits for the result any more
+                if self._computing is not None:
+                    self._computing.cancel()  # nobody waits for the result any more
                 for _, task in self._links.values():
                     task.cancel()
                 if self._letting_in is not None:
@@ -451,12 +451,13 @@ class SessionStream:
                     self._ended.set()
         with contextlib.suppress(OSError):  # the reader notices
             write(self._writer, self._wire.take_outgoing())
-        if self._writer.transport.get_write_buffer_size() > _MAX_UNREAD_BYTES:
+        if self._unread_bytes() > _MAX_UNREAD_BYTES:
             logger.warning("closed a session whose client does not read")
             self._ended.set()
 
     def _compute(self, work: Work) -> None:
-        """Begin at once: every turn of the event loop between a message and the device is time that a token takes."""
+        """Begin at once, and send on at once: what is done between a message and the device, and after it, is time that
+        a token takes."""
         assert self._session is not None and self._tasks is not None
         assert self._held is not None and self._table is not None
         parts, can_wait = self._server.parts(self._held, work), self._session.standby
@@ -465,27 +466,48 @@ class SessionStream:
         except RemoteError as error:
             self._act(self._session.failed(error))
         else:
-            self._computing = (begun, self._tasks.create_task(self._send_result(parts, begun, can_wait)))
+            self._computing = begun
+            begun.add_done_callback(lambda _: self._first_part_done(parts, begun, can_wait))
 
-    async def _send_result(
+    def _first_part_done(
+        self, parts: Sequence[Work], begun: asyncio.Future[tuple[torch.Tensor, Spent]], can_wait: bool
+    ) -> None:
+        assert self._tasks is not None
+        if begun.cancelled():
+            return
+        failed = begun.exception() is not None
+        if self._ended.is_set():
+            return
+        if failed or len(parts) > 1:
+            self._computing = self._tasks.create_task(self._complete(parts, begun, can_wait))
+            return
+        try:  # without a task of its own, as nearly always
+            self._computed(*begun.result())
+        except Exception as error:
+            self._tasks.create_task(_raise(error))
+
+    async def _complete(
         self, parts: Sequence[Work], begun: asyncio.Future[tuple[torch.Tensor, Spent]], can_wait: bool
     ) -> None:
         assert self._session is not None and self._table is not None and self._held is not None
         try:
             output, spent = await self._server.complete(self._table, self._held, parts, begun, can_wait=can_wait)
         except RemoteError as error:
-            actions = self._session.failed(error)
+            self._act(self._session.failed(error))
         else:
-            if self._ended.is_set():
-                return
-            for number, (link, _) in self._links.items():
-                self._session.link_measured(number, link.one_way_s)
-            self._session.degraded = self._held.is_degraded
-            actions = self._session.computed(output, spent)
-            self._got_on_at = time.monotonic()
-            self._server.got_on()
-        self._act(actions)
-        await self._flush()
+            if not self._ended.is_set():
+                self._computed(output, spent)
+
+    def _computed(self, output: torch.Tensor, spent: Spent) -> None:
+        assert self._session is not None and self._held is not None and self._tasks is not None
+        for number, (link, _) in self._links.items():
+            self._session.link_measured(number, link.one_way_s)
+        self._session.degraded = self._held.is_degraded
+        self._act(self._session.computed(output, spent))
+        self._got_on_at = time.monotonic()
+        self._server.got_on()
+        if self._unread_bytes():
+            self._tasks.create_task(self._flush())  # which ends the session of a client that does not read
 
     def _dial(self, number: int, link: OutgoingLink) -> None:
         assert self._tasks is not None
@@ -503,10 +525,19 @@ class SessionStream:
             if self._links.pop(number, None) is not None and self._session is not None:
                 self._act(self._session.link_lost(number, str(error)))
 
+    def _unread_bytes(self) -> int:
+        return self._writer.transport.get_write_buffer_size()
+
     async def _flush(self) -> None:
         write(self._writer, self._wire.take_outgoing())
+        if not self._unread_bytes():
+            return
         async with asyncio.timeout(_WRITE_TIMEOUT_S):
             await self._writer.drain()
+
+
+async def _raise(error: Exception) -> None:
+    raise error
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -30,8 +30,10 @@ class Content:
     """The hidden states that came in, as bytes."""
 
     @classmethod
-    def of(cls, ids: torch.Tensor, states: torch.Tensor) -> Content:
+    def of(cls, ids: torch.Tensor | range, states: torch.Tensor) -> Content:
         """Of ``[n]`` and ``[n, hidden]``, on the CPU; their memory is used on."""
+        if isinstance(ids, range):
+            return cls(numpy.arange(ids.start, ids.stop).data, _bytes_of(states))
         return cls(ids.to(torch.int64).contiguous().numpy().data, _bytes_of(states))
 
     def __len__(self) -> int:
@@ -83,7 +85,7 @@ def names_of(hidden_states: Sequence[torch.Tensor], most: int) -> list[bytes]:
     """
     contents, at = [], 0
     for states in hidden_states:
-        contents.append(Content.of(torch.arange(at, at + len(states)), states))
+        contents.append(Content.of(range(at, at + len(states)), states))
         at += len(states)
     names: list[bytes] = []
     for begin in range(0, min(at // PAGE, most) * PAGE, PAGE):

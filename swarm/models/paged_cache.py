@@ -432,8 +432,10 @@ class PagedCache(Cache):  # type: ignore[misc]
     def _contents(self, states: torch.Tensor, position_ids: torch.Tensor | None, start: int) -> list[Content]:
         """Of every sequence."""
         rows, count, _ = states.shape
-        ids = position_ids if position_ids is not None else torch.arange(start, start + count).expand(rows, count)
-        return [Content.of(ids[row], states[row]) for row in range(rows)]
+        following = range(start, start + count)
+        return [
+            Content.of(position_ids[row] if position_ids is not None else following, states[row]) for row in range(rows)
+        ]
 
 
 class _PagedLayer(CacheLayerMixin):  # type: ignore[misc]

@@ -109,7 +109,7 @@ class Span:
         """The precision of the hidden states that go in and come out."""
         return self.base.dtype
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         return self.base.device
 

@@ -17,10 +17,9 @@ Steps = Sequence[Step]
 
 def begin_together(steps: Steps) -> torch.Tensor:
     """Make room for the positions of each; returns the ``position_ids`` of all, in a row, ``[positions, 1]``."""
-    all_ids = []
+    all_ids: list[int] = []
     for states, cache, ids in steps:
         rows, count, _ = states.shape
-        following = torch.arange(cache.length, cache.length + count, device=states.device).expand(rows, count)
-        all_ids.append((ids if ids is not None else following).reshape(-1, 1))
+        all_ids += ids.flatten().tolist() if ids is not None else rows * [*range(cache.length, cache.length + count)]
         cache.begin(rows, count)
-    return torch.cat(all_ids) if len(all_ids) > 1 else all_ids[0]
+    return torch.tensor(all_ids, device=steps[0][0].device).unsqueeze(1)

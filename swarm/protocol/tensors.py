@@ -51,7 +51,8 @@ def encode_tensors(tensors: dict[str, torch.Tensor]) -> tuple[list[TensorHeader]
     parts: list[Buffer] = []
     for name, tensor in tensors.items():
         flat = tensor.detach().to("cpu").contiguous()
-        headers.append(TensorHeader(name=name, dtype=dtype_name(flat.dtype), shape=list(flat.shape)))
+        header = TensorHeader.model_construct(name=name, dtype=dtype_name(flat.dtype), shape=list(flat.shape))
+        headers.append(header)
         parts.append(flat.reshape(-1).view(torch.uint8).numpy().data)
     return headers, parts
 

@@ -22,15 +22,22 @@
 /* Of a panel that is multiplied with many rows. */
 #define BLOCK_BYTES 24576
 
-/* Where that is asked for which is needed later, and by how many bytes this moves on with every read of a panel. */
+/* Where that is asked for which is needed later, and by how many bytes this moves on with every read of a panel. What is
+   read once goes past the outer caches: it would only drive out what comes after the multiplication. */
 typedef struct {
     const char *from;
     int64_t step;
+    int once;
 } Later;
 
 INLINE void fetch(Later *later) {
-    __builtin_prefetch(later->from, 0, 2);
-    __builtin_prefetch(later->from + 64, 0, 2);
+    if (later->once) {
+        __builtin_prefetch(later->from, 0, 0);
+        __builtin_prefetch(later->from + 64, 0, 0);
+    } else {
+        __builtin_prefetch(later->from, 0, 2);
+        __builtin_prefetch(later->from + 64, 0, 2);
+    }
     later->from += later->step;
 }
 
@@ -290,10 +297,10 @@ INLINE void tile(const int count, const Place *place, const Lie *lie, const floa
 
 /* A few rows ask for what they need themselves. Many ask for the next block, each for its share. */
 INLINE Later later_of(int64_t begin, int64_t end, const Lie *lie, int64_t row, int64_t count, int64_t rows) {
-    if (rows <= MOST_ROWS) return (Later){lie->panel + AHEAD, lie->bytes};
+    if (rows <= MOST_ROWS) return (Later){lie->panel + AHEAD, lie->bytes, 1};
     const int64_t size = (end - begin) / lie->of_inputs * lie->bytes;
     const char *next = lie->panel + end / lie->of_inputs * lie->bytes;
-    return (Later){next + size * row / rows, lie->bytes * count / rows};
+    return (Later){next + size * row / rows, lie->bytes * count / rows, 0};
 }
 
 static void multiply_panel(const Linear *linear, int64_t panel, const float *rows, const Levels *levels, int64_t count,
