@@ -19,6 +19,8 @@ from swarm.server.schedule import Waiting, choose, may_grow
 
 logger = logging.getLogger(__name__)
 
+_PATIENCE = 1.0
+"""To run one alone takes about as long as to run a few, so it is worth waiting as long for the next of them."""
 _EXPECTED_WITHIN_S = 0.15
 _PATIENCE_S = 0.01
 """For those who are expected: from one arrival to the next."""
@@ -59,7 +61,7 @@ class ComputeThread:
         self._failure: str | None = None
         self._watchers: list[asyncio.Future[str]] = []
         self._experts_s = 0.0
-        self._company = Company()
+        self._company = Company(_PATIENCE)
         self._expected: dict[object, float] = {}  # who is about to come with short work, until when (time.monotonic())
         self.last_short_at = float("-inf")
         self._thread = threading.Thread(target=self._work_or_fail, name="compute", daemon=True)

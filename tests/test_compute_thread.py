@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Sequence
 import pytest
 
 from swarm.errors import SwarmError
-from swarm.models import combining
 from swarm.models.combining import Company
 from swarm.server.compute import ComputeThread
 from swarm.server.membership import fail_with_compute
@@ -50,8 +49,8 @@ async def four_together(thread: ComputeThread) -> None:
     assert await asyncio.gather(*four) == [4, 4, 4, 4]
 
 
-async def test_those_who_ran_together_are_waited_for(thread: ComputeThread, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(combining, "_PATIENCE", 200.0)  # ten seconds for each
+async def test_those_who_ran_together_are_waited_for(thread: ComputeThread) -> None:
+    thread._company.patience = 200.0  # ten seconds for each
     await four_together(thread)
     tokens = []
     for _ in range(4):
@@ -60,10 +59,8 @@ async def test_those_who_ran_together_are_waited_for(thread: ComputeThread, monk
     assert await asyncio.gather(*tokens) == [4, 4, 4, 4]
 
 
-async def test_who_comes_alone_is_kept_waiting_for_a_moment_only(
-    thread: ComputeThread, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(combining, "_PATIENCE", 2.0)
+async def test_who_comes_alone_is_kept_waiting_for_a_moment_only(thread: ComputeThread) -> None:
+    thread._company.patience = 2.0
     await four_together(thread)
     assert [await token(thread) for _ in range(4)] == [1, 1, 1, 1]
 
@@ -99,7 +96,7 @@ async def test_a_thread_that_fails_leaves_nobody_waiting_and_ends_the_server() -
 
 
 def test_one_less_is_waited_for_each_time_that_fewer_come() -> None:
-    company = Company()
+    company = Company(patience=0.25)
     company.met(4, took_s=2.0)
     assert (company.count, company.patience_s) == (4, 0.5)
     for left in (3, 2, 1, 1):

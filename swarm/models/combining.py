@@ -18,7 +18,7 @@ _MOST_PATIENCE_S = 0.005
 """For those who are expected: they have little to do before they call, or something has become of them."""
 
 _PATIENCE = 0.25
-"""A part of what a run takes."""
+"""For those who came together the last time, as a part of what a run takes."""
 
 W = TypeVar("W")
 R = TypeVar("R")
@@ -30,6 +30,8 @@ class Company:
     it is worth waiting, as long as one comes shortly after the other. If fewer come, one less is waited for the next
     time."""
 
+    patience: float
+    """From one to the next, as a part of what a run takes."""
     count: int = 1
     """So many are waited for."""
     patience_s: float = 0.0
@@ -37,7 +39,7 @@ class Company:
 
     def met(self, count: int, took_s: float) -> None:
         """So many ran together, which took so long."""
-        self.count, self.patience_s = max(count, self.count - 1), _PATIENCE * took_s
+        self.count, self.patience_s = max(count, self.count - 1), self.patience * took_s
 
 
 @dataclass(eq=False)
@@ -65,7 +67,7 @@ class Combiner(Generic[W, R]):
         self._expected: set[int] = set()  # threads
         self._waiting: deque[_Call[W, R]] = deque()
         self._busy = False
-        self._company = Company()
+        self._company = Company(_PATIENCE)
 
     def expect(self, thread: int) -> None:
         """The thread with this identifier (``threading.get_ident()``) is about to call: it is worth a moment's wait."""
