@@ -21,7 +21,6 @@ from swarm.client.remote_layers import RemoteCache, RemoteLayers
 from swarm.client.settings import ClientSettings
 from swarm.models import Checkpoint, load_shell, open_checkpoint
 from swarm.models.batched_head import MOST_ROWS, BatchedHead
-from swarm.models.loading import model_class_of
 from swarm.protocol.tensors import dtype_name
 
 _DEFAULT_ROOM = 64
@@ -119,7 +118,7 @@ class AutoDistributedModelForCausalLM:
                 layers,
                 dtype=precision,
                 device=device,
-                model_class=_distributed_class(checkpoint),
+                model_class=_distributed_class,
                 quantized_layers=quantization is not None,
             )
         except BaseException:
@@ -296,8 +295,7 @@ class DistributedMixin(PreTrainedModel):
             BackgroundLoop.shared().run(network.leave())
 
 
-def _distributed_class(checkpoint: Checkpoint) -> type[PreTrainedModel]:
-    family = model_class_of(checkpoint.config)
+def _distributed_class(family: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(f"Distributed{family.__name__}", (DistributedMixin, family), {"__module__": __name__})
 
 

@@ -22,6 +22,7 @@ from swarm.client.sampling import Choice, Sampler, Sampling
 from swarm.client.timing import StepTiming
 from swarm.errors import SwarmError
 from swarm.models import Checkpoint, load_shell
+from swarm.models.shortcut import shortcut_of
 from swarm.protocol.tensors import dtype_name
 
 _MOST_TOGETHER = 32
@@ -201,7 +202,9 @@ class TokenStreams:
     @torch.no_grad()
     def _entering(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """``[batch, n, hidden]`` that enter block 0 for tokens at positions, both ``[batch, n]``."""
-        device = self._shell.device
+        device, shortcut = self._shell.device, shortcut_of(self._shell)
+        if shortcut is not None:
+            return shortcut.embed(self._shell, ids.to(device))
         where = {"position_ids": positions.to(device)} if self._takes_positions else {}
         entered: list[torch.Tensor] = []
 

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from swarm.models.batched_head import BatchedHead
 from swarm.models.checkpoint import Checkpoint
-from swarm.models.loading import load_part
+from swarm.models.loading import load_part, model_class_of
 from swarm.models.packed_linear import LinearWithCopy
 from swarm.models.quantization import quantized_head
+from swarm.models.shortcut import find_shortcut, with_shortcut
 from swarm.models.surgery import drop_layers
 from swarm.models.weight_layout import lay_out_head
 
@@ -27,7 +28,7 @@ def load_shell(
     *,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
-    model_class: type[PreTrainedModel] | None = None,
+    model_class: Callable[[type[PreTrainedModel]], type[PreTrainedModel]] = lambda family: family,
     quantized_layers: bool = False,
     on_elements: Callable[[int], object] = lambda _: None,
 ) -> PreTrainedModel:
@@ -35,13 +36,14 @@ def load_shell(
 
     Args:
         layers: called as a decoder layer is, with hidden states ``[batch, positions, hidden]``.
-        model_class: a subclass of the family's class to instantiate instead of it.
+        model_class: makes a subclass of the family's class, to instantiate instead of it.
         quantized_layers: `layers` have quantized weights: let the head be quantized, too, on a CPU.
 
     Raises:
         CorruptCheckpoint: a tensor is missing, or the shell's checksum is wrong.
     """
     checkpoint.verify(None)
+    family = model_class_of(checkpoint.config)
     shell = load_part(
         checkpoint,
         copy.deepcopy(checkpoint.config),
@@ -50,7 +52,7 @@ def load_shell(
         dtype,
         device,
         on_elements,
-        model_class,
+        model_class(with_shortcut(family)),
     )
     shell.config._attn_implementation = _ATTENTION_ELSEWHERE
     head = shell.get_output_embeddings()
@@ -60,4 +62,5 @@ def load_shell(
         head = lay_out_head(head)
     if isinstance(head, nn.Linear):
         shell.set_output_embeddings(BatchedHead(head))
+    find_shortcut(shell, family)
     return shell

@@ -45,7 +45,7 @@ class _LayerOutput(torch.Tensor):
         return plain if isinstance(index, int) and index == 0 else plain[index]
 
 
-class _InPlaceOfLayers(nn.Module):
+class InPlaceOfLayers(nn.Module):
     """Calls another module, and returns what it returns as the family's layers would."""
 
     def __init__(self, replacement: nn.Module) -> None:
@@ -100,7 +100,7 @@ def keep_only_layers(model: PreTrainedModel, blocks: Iterable[int]) -> None:
 def drop_layers(model: PreTrainedModel, replacement: nn.Module) -> None:
     """Put `replacement`, which returns hidden states, where `model` had all its decoder layers, in place."""
     base = find_base(model)
-    setattr(base, layers_attribute(base), nn.ModuleList([_InPlaceOfLayers(replacement)]))
+    setattr(base, layers_attribute(base), nn.ModuleList([InPlaceOfLayers(replacement)]))
 
 
 def _replace_weights(parent: nn.Module, keep: str) -> None:
