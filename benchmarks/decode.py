@@ -18,6 +18,7 @@ import torch
 from benchmarks.one_process import OneProcess
 from benchmarks.report import Report
 from benchmarks.streamers import TokenTimes
+from benchmarks.users import exactly
 from swarm.client import AutoDistributedModelForCausalLM
 from swarm.commands.local_swarm import LocalPeer, LocalSwarm
 from swarm.models import Checkpoint, open_checkpoint
@@ -101,9 +102,7 @@ def main() -> None:
 def _run(model: Any, inputs: Any, tokens: int, options: dict[str, Any]) -> tuple[float, torch.Tensor]:
     """(median seconds per decode step, token ids)."""
     times = TokenTimes()
-    ids = model.generate(
-        **inputs, **options, streamer=times, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens
-    )
+    ids = model.generate(**inputs, **options, **exactly(tokens, model), streamer=times)
     return times.step_s, ids
 
 

@@ -25,6 +25,7 @@ class OneProcess:
         spans = [load_span(checkpoint, start, end, dtype=checkpoint.default_dtype) for start, end in bounds]
         self._layers = _SpansAsLayers([_Executor(span, checkpoint.hidden_size) for span in spans])
         self._shell: PreTrainedModel = load_shell(checkpoint, self._layers, dtype=checkpoint.default_dtype)
+        self.config = self._shell.config
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' ``generate()``, of an answer without a past."""

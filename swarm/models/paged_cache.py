@@ -366,11 +366,12 @@ class PagedCache(Cache):  # type: ignore[misc]
         """
         contents = self._contents(hidden_states, position_ids, start)
         for sequence, content, output in zip(self._sequences, contents, outputs, strict=True):
-            if sequence.known != start:
+            known = sequence.known
+            if known != start:
                 continue
             sequence.came.append(content)
             sequence.went.append(output)
-            if sum(map(len, sequence.came)) < PAGE:
+            if known % PAGE + len(content) < PAGE:
                 continue
             went = torch.cat(sequence.went)
             full = len(went) // PAGE * PAGE
