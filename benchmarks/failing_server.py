@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from swarm.commands.server import main
-from swarm.protocol.served_session import Work
-from swarm.server.streams import SessionStream
+from swarm.protocol.served_actions import Work
+from swarm.server.session_stream import SessionStream
 
 _PROBABILITY = Path(os.environ["SWARM_FAILURES"])
 

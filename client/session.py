@@ -34,7 +34,7 @@ from swarm.errors import (
 )
 from swarm.models import Checkpoint
 from swarm.protocol.messages import MAX_STEP_POSITIONS, STREAM_PROTOCOL, Close, Message, Open, Opened, Refusal
-from swarm.protocol.routed_session import (
+from swarm.protocol.routed_actions import (
     Action,
     CloseHop,
     Delivered,
@@ -43,9 +43,9 @@ from swarm.protocol.routed_session import (
     OpenHop,
     Place,
     Replaced,
-    RoutedSession,
     ToHop,
 )
+from swarm.protocol.routed_session import RoutedSession
 from swarm.protocol.tensors import DTYPES
 from swarm.routing import PROFILES, Leg, Profile
 from swarm.transport.node import Node

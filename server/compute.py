@@ -14,13 +14,15 @@ from typing import Any, TypeVar
 import torch
 
 from swarm.models.combining import Company
-from swarm.protocol.served_session import Spent
+from swarm.protocol.served_actions import Spent
 from swarm.server.schedule import Waiting, choose, may_grow
 
 logger = logging.getLogger(__name__)
 
 _PATIENCE = 1.0
 """To run one alone takes about as long as to run a few, so it is worth waiting as long for the next of them."""
+_BESIDE_PROMPTS = 0.25
+"""A part of that."""
 _EXPECTED_WITHIN_S = 0.15
 _PATIENCE_S = 0.01
 """For those who are expected: from one arrival to the next."""
@@ -193,9 +195,14 @@ class ComputeThread:
             self._expected = {whom: until for whom, until in self._expected.items() if until > now}
             if not may_grow([job.waiting for job in self._jobs], max(self._company.count, came + len(self._expected))):
                 return
-            self._changed.wait(max(self._company.patience_s, _PATIENCE_S if self._expected else 0.0))
+            self._changed.wait(self._patience_s())
             if len(self._jobs) == came:
                 return
+
+    def _patience_s(self) -> float:
+        """How long to wait for the next one; a prompt that waits could run meanwhile."""
+        share = 1.0 if all(job.waiting.is_short for job in self._jobs) else _BESIDE_PROMPTS
+        return max(share * self._company.patience_s, _PATIENCE_S if self._expected else 0.0)
 
 
 def _use_threads(count: int) -> None:

@@ -14,6 +14,7 @@ from swarm.errors import SwarmError
 from swarm.models.experts import routed_experts
 from swarm.placement import Move
 from swarm.protocol.messages import LINK_PROTOCOL, STREAM_PROTOCOL
+from swarm.protocol.tensors import dtype_name
 from swarm.server.compute import ComputeThread
 from swarm.server.experts.dispatch import ExpertDispatch
 from swarm.server.experts.own import OwnExperts
@@ -25,7 +26,9 @@ from swarm.server.preparation import Prepared
 from swarm.server.presence import Presence
 from swarm.server.rebalancing import Rebalancing
 from swarm.server.resident_memory import free_memory, share_one_heap
+from swarm.server.session_stream import Host
 from swarm.server.settings import ServerSettings
+from swarm.server.step_runner import StepRunner
 from swarm.server.streams import StreamServer
 from swarm.transport.measuring import MEASURE_PROTOCOL, MeasuringServer
 from swarm.transport.node import Node
@@ -113,16 +116,9 @@ class Server:
                     watching.append(tasks.create_task(self._experts.run()))
                     presence.experts = self._experts
                 await self._load(presence, {})
-                streams = StreamServer(
-                    node,
-                    presence.table,
-                    self._compute,
-                    checkpoint.hidden_size,
-                    self._prepared.dtype,
-                    self._settings.idle_timeout_s,
-                    self._experts,
-                    self._settings.experts_deadline_s,
-                )
+                steps = StepRunner(self._compute, self._experts, self._settings.experts_deadline_s)
+                dtype, idle_timeout_s = dtype_name(self._prepared.dtype), self._settings.idle_timeout_s
+                streams = StreamServer(Host(node, steps, presence.table, checkpoint.hidden_size, dtype, idle_timeout_s))
                 watching.append(
                     tasks.create_task(self._measure_network(node, directory, presence, streams, on_network))
                 )
@@ -178,7 +174,7 @@ class Server:
     ) -> None:
         await node.serve(STREAM_PROTOCOL, streams.handle_session)
         await node.serve(LINK_PROTOCOL, streams.handle_link)
-        await node.serve(MEASURE_PROTOCOL, MeasuringServer(streams.is_busy).handle)
+        await node.serve(MEASURE_PROTOCOL, MeasuringServer(streams.host.steps.is_busy).handle)
         presence.state = State.ONLINE
         announcement, _ = await presence.announce()
         on_ready(announcement)
@@ -216,7 +212,7 @@ class Server:
                     f"Other blocks could not be loaded, nor those that were hosted before: {error}. This server "
                     "leaves; start it again when the cause is gone."
                 ) from error
-        streams.table = presence.table
+        streams.host.table = presence.table
         presence.moves += moved
         presence.state = State.ONLINE
         announcement, _ = await presence.announce()
@@ -230,7 +226,7 @@ class Server:
         """Free what is hosted, but for the layers that `new` has as well, as far as there is room for them now."""
         assert self._hosted is not None
         span, plan = self._hosted.span, self._prepared.plan
-        presence.table = streams.table = self._hosted = None
+        presence.table = streams.host.table = self._hosted = None
         presence.block_digests = ()
         room_bytes = plan.kv_bytes + plan.kept_bytes  # which are free now
 
@@ -275,7 +271,7 @@ class Server:
             on_network(speed)
 
         def is_busy() -> bool:
-            return presence.state is not State.ONLINE or streams.is_busy()
+            return presence.state is not State.ONLINE or streams.host.steps.is_busy()
 
         model = self._prepared.checkpoint.model_digest
         measurement = NetworkMeasurement(

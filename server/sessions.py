@@ -15,7 +15,7 @@ from swarm.models.pages import pages_for
 from swarm.models.together import Together
 from swarm.page_names import PAGE
 from swarm.protocol.messages import Open
-from swarm.protocol.served_session import Work
+from swarm.protocol.served_actions import Work
 
 
 @dataclass

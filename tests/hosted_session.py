@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from swarm.protocol.messages import HopTime, Link, Message, Open, Output, Recall, Replay, Step
-from swarm.protocol.served_session import Action, Compute, ServedSession, Spent, ToClient, ToSuccessor, Work
+from swarm.protocol.served_actions import Action, Compute, Spent, ToClient, ToSuccessor, Work
+from swarm.protocol.served_session import ServedSession
 
 HIDDEN = 4
 TOKEN, OTHER = "0" * 32, "1" * 32

@@ -19,8 +19,10 @@ from swarm.page_names import PAGE, names_of
 from swarm.protocol import routed_session as routed
 from swarm.protocol import served_session as served
 from swarm.protocol.messages import Drain, Link, Message, Open, Opened, Refusal
-from swarm.protocol.routed_session import Place, RoutedSession
-from swarm.protocol.served_session import ServedSession, Spent, Work
+from swarm.protocol.routed_actions import Place
+from swarm.protocol.routed_session import RoutedSession
+from swarm.protocol.served_actions import Spent, Work
+from swarm.protocol.served_session import ServedSession
 
 HIDDEN = 2
 MODULUS = 997

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 from swarm.commands.server import main
-from swarm.protocol.served_session import Work
-from swarm.server.streams import SessionStream
+from swarm.protocol.served_actions import Work
+from swarm.server.session_stream import SessionStream
 
 
 class _Stuck(SessionStream):

@@ -19,7 +19,7 @@ from swarm.models.paged_cache import PagePool
 from swarm.models.pages import pages_for
 from swarm.page_names import PAGE
 from swarm.protocol.messages import Open, Step
-from swarm.protocol.served_session import Work
+from swarm.protocol.served_actions import Work
 from swarm.server.sessions import HeldSession, SessionTable
 
 MODEL = "ab" * 32

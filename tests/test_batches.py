@@ -16,7 +16,7 @@ from swarm.models.paged_cache import PagePool
 from swarm.models.together import Together, way_together
 from swarm.page_names import PAGE
 from swarm.protocol.messages import Open, Step
-from swarm.protocol.served_session import Spent, Work
+from swarm.protocol.served_actions import Spent, Work
 from swarm.server.schedule import Waiting, choose
 from swarm.server.sessions import HeldSession, SessionTable, run_steps
 

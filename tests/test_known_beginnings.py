@@ -22,8 +22,9 @@ from swarm.models import Span, open_checkpoint
 from swarm.models.paged_cache import PagePool
 from swarm.page_names import PAGE, Content, name_of, names_of, part_of
 from swarm.protocol.messages import Opened, Recall, Step
-from swarm.protocol.routed_session import Delivered, OpenHop, Place, RoutedSession, ToHop
-from swarm.protocol.served_session import Work
+from swarm.protocol.routed_actions import Delivered, OpenHop, Place, ToHop
+from swarm.protocol.routed_session import RoutedSession
+from swarm.protocol.served_actions import Work
 from swarm.server.sessions import SessionTable
 from swarm.transport.watched_stream import WatchedStream
 

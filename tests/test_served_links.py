@@ -21,7 +21,7 @@ from swarm.protocol.messages import (
     Step,
     TakeOver,
 )
-from swarm.protocol.served_session import Dial, HangUp, ToClient, ToSuccessor
+from swarm.protocol.served_actions import Dial, HangUp, ToClient, ToSuccessor
 
 
 def test_results_go_to_the_successor_and_say_how_far_it_is() -> None:

@@ -8,7 +8,7 @@ from hosted_session import HIDDEN, Hosted, onward, outputs, states, to_client
 
 from swarm.errors import ProtocolError
 from swarm.protocol.messages import MAX_STEP_POSITIONS, Message, Output, Recall, Replay, Replayed, Step
-from swarm.protocol.served_session import Action, ToClient
+from swarm.protocol.served_actions import Action, ToClient
 
 
 def test_a_fresh_server_is_brought_to_the_sessions_state_and_goes_on() -> None:

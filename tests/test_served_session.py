@@ -33,7 +33,8 @@ from swarm.protocol.messages import (
     Step,
     TakeOver,
 )
-from swarm.protocol.served_session import End, ServedSession, ToClient, ToSuccessor
+from swarm.protocol.served_actions import End, ToClient, ToSuccessor
+from swarm.protocol.served_session import ServedSession
 
 
 def test_a_step_is_answered_with_its_result_and_where_the_time_went() -> None:

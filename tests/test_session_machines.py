@@ -27,7 +27,8 @@ from swarm.protocol.messages import (
     Replayed,
     Step,
 )
-from swarm.protocol.routed_session import CloseHop, FindRoute, FindStandby, OpenHop, Place, RoutedSession, ToHop
+from swarm.protocol.routed_actions import CloseHop, FindRoute, FindStandby, OpenHop, Place, ToHop
+from swarm.protocol.routed_session import RoutedSession
 
 BLOCKS = 6
 SPANS = [(0, 2), (2, 4), (4, 6), (0, 3), (3, 6), (1, 5)]
