@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +14,7 @@ from swarm.errors import SwarmError
 from swarm.models.combining import Company
 from swarm.server.compute import ComputeThread
 from swarm.server.membership import fail_with_compute
-from swarm.server.schedule import MAX_TOGETHER, Waiting, may_grow
+from swarm.server.schedule import MAX_SHORT, MAX_TOGETHER, Waiting, may_grow
 
 TOKEN = Waiting(group="all")
 
@@ -63,6 +64,16 @@ async def test_who_comes_alone_is_kept_waiting_for_a_moment_only(thread: Compute
     thread._company.patience = 2.0
     await four_together(thread)
     assert [await token(thread) for _ in range(4)] == [1, 1, 1, 1]
+
+
+async def test_a_prompt_that_could_run_meanwhile_waits_for_company_a_quarter_as_long(thread: ComputeThread) -> None:
+    thread._company.patience_s = 8.0
+    waiting = [SimpleNamespace(waiting=TOKEN)]
+    thread._jobs = waiting  # type: ignore[assignment]
+    assert thread._patience_s() == 8.0
+    waiting.append(SimpleNamespace(waiting=Waiting(positions=MAX_SHORT + 1, group="all")))
+    assert thread._patience_s() == 2.0
+    thread._jobs = []
 
 
 class Unequal:
