@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 MAX_TOGETHER = 64
 """Positions in one batch, of all its sequences."""
-MAX_SHORT = 16
+MAX_SHORT = 8
 """Positions of a step that is no piece of a long prompt."""
 
 
