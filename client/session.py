@@ -555,9 +555,10 @@ class Session:
         """The step has passed all servers: the view is told what is new about them."""
         total_s, hops = time.monotonic() - self._step_begun, self._machine.hops
         ways_s = {number: self._streams[number][0].one_way_s for number in hops}
-        for number, place in hops.items() if ways_s != self._ways_s else ():
-            self._view.worked(place.peer_id, self._salt, ways_s[number])
-        self._ways_s = ways_s
+        if ways_s != self._ways_s:
+            for number, place in hops.items():
+                self._view.worked(place.peer_id, self._salt, ways_s[number])
+            self._ways_s = ways_s
         return StepTiming(
             total_s,
             [one.hops for one in delivered],

@@ -53,51 +53,46 @@ class StepTiming:
 
     @cached_property  # of most steps nobody asks
     def hops(self) -> tuple[HopTiming, ...]:
-        """Server by server."""
-        return _time_by_hop(self.total_s, self.pieces, self.peers, self.ways_s)
+        """Server by server: :attr:`total_s`, divided among them."""
+        hops = [hop for hop in (self.pieces[-1] if self.pieces else ()) if hop.start in self.peers]
+        of_hop = {hop.start: [one for step in self.pieces for one in step if one.start == hop.start] for hop in hops}
+        queue_s = {start: sum(one.queue_s for one in of_it) for start, of_it in of_hop.items()}
+        compute_s = {start: sum(one.compute_s for one in of_it) for start, of_it in of_hop.items()}
+        shares_s = {start: sum(one.compute_s / one.together for one in of_it) for start, of_it in of_hop.items()}
+        rest_s = max(0.0, self.total_s - sum(queue_s.values()) - sum(compute_s.values()))
+        ways, before = [], None
+        for hop in hops:
+            from_client = self.ways_s.get(hop.start, 0.0)
+            if before is None:
+                ways.append(from_client)
+            else:
+                ways.append(
+                    before.link_s if before.link_s is not None else self.ways_s.get(before.start, 0.0) + from_client
+                )
+            before = hop
+        if hops:
+            ways[-1] += self.ways_s.get(hops[-1].start, 0.0)
+        known = min((way for way in ways if way), default=1.0)
+        ways = [way or known for way in ways]  # no ping has come back yet
+        whole = sum(ways)
+        return tuple(
+            HopTiming(
+                self.peers[hop.start],
+                hop.start,
+                hop.end,
+                queue_s[hop.start],
+                compute_s[hop.start],
+                shares_s[hop.start],
+                rest_s * way / whole,
+                sum(one.experts_s for one in of_hop[hop.start]),
+                relayed=index > 0 and hops[index - 1].link_s is None,
+                codec=hop.codec,
+                degraded=any(one.degraded for one in of_hop[hop.start]),
+            )
+            for index, (hop, way) in enumerate(zip(hops, ways, strict=True))
+        )
 
     @property
     def degraded(self) -> bool:
         """Experts were left out: the output is not the model's (only with ``allow_degraded=True``)."""
         return any(hop.degraded for hop in self.hops)
-
-
-def _time_by_hop(
-    total_s: float, steps: Sequence[Sequence[HopTime]], peers: Mapping[int, str], ways_s: Mapping[int, float]
-) -> tuple[HopTiming, ...]:
-    """Divide `total_s` among the servers."""
-    hops = [hop for hop in (steps[-1] if steps else ()) if hop.start in peers]
-    pieces = {hop.start: [one for step in steps for one in step if one.start == hop.start] for hop in hops}
-    queue_s = {start: sum(one.queue_s for one in of_it) for start, of_it in pieces.items()}
-    compute_s = {start: sum(one.compute_s for one in of_it) for start, of_it in pieces.items()}
-    shares_s = {start: sum(one.compute_s / one.together for one in of_it) for start, of_it in pieces.items()}
-    rest_s = max(0.0, total_s - sum(queue_s.values()) - sum(compute_s.values()))
-    ways, before = [], None
-    for hop in hops:
-        from_client = ways_s.get(hop.start, 0.0)
-        if before is None:
-            ways.append(from_client)
-        else:
-            ways.append(before.link_s if before.link_s is not None else ways_s.get(before.start, 0.0) + from_client)
-        before = hop
-    if hops:
-        ways[-1] += ways_s.get(hops[-1].start, 0.0)
-    known = min((way for way in ways if way), default=1.0)
-    ways = [way or known for way in ways]  # no ping has come back yet
-    whole = sum(ways)
-    return tuple(
-        HopTiming(
-            peers[hop.start],
-            hop.start,
-            hop.end,
-            queue_s[hop.start],
-            compute_s[hop.start],
-            shares_s[hop.start],
-            rest_s * way / whole,
-            sum(one.experts_s for one in pieces[hop.start]),
-            relayed=index > 0 and hops[index - 1].link_s is None,
-            codec=hop.codec,
-            degraded=any(one.degraded for one in pieces[hop.start]),
-        )
-        for index, (hop, way) in enumerate(zip(hops, ways, strict=True))
-    )

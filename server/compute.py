@@ -24,7 +24,7 @@ _PATIENCE = 1.0
 _BESIDE_PROMPTS = 0.25
 """A part of that."""
 _EXPECTED_WITHIN_S = 0.15
-_PATIENCE_S = 0.01
+_PATIENCE_WITH_EXPECTED_S = 0.01
 """For those who are expected: from one arrival to the next."""
 
 T = TypeVar("T")
@@ -202,7 +202,7 @@ class ComputeThread:
     def _patience_s(self) -> float:
         """How long to wait for the next one; a prompt that waits could run meanwhile."""
         share = 1.0 if all(job.waiting.is_short for job in self._jobs) else _BESIDE_PROMPTS
-        return max(share * self._company.patience_s, _PATIENCE_S if self._expected else 0.0)
+        return max(share * self._company.patience_s, _PATIENCE_WITH_EXPECTED_S if self._expected else 0.0)
 
 
 def _use_threads(count: int) -> None:

@@ -10,8 +10,8 @@ from typing import Generic, Protocol, TypeVar
 
 from swarm.server.sessions import HeldSession
 
-_COMING_WITHIN_S = 1.0
-"""If another session is about to bring what this one begins with, that is waited for as long as it gets on."""
+GETS_ON_WITHIN_S = 1.0
+"""What another session is about to bring is waited for as long as it computes something so often."""
 
 
 class Brings(Protocol):
@@ -72,7 +72,7 @@ class OpenSessions(Generic[S]):
             if not any(other.brings(held, prefix, known) for other in self._sessions.values()):
                 return
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(_COMING_WITHIN_S, until - time.monotonic())):
+                async with asyncio.timeout(min(GETS_ON_WITHIN_S, until - time.monotonic())):
                     await self._progress.wait()
             if time.monotonic() >= until:
                 return

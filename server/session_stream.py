@@ -20,7 +20,7 @@ from swarm.protocol.served_session import ServedSession
 from swarm.protocol.wire import Wire
 from swarm.server.crowd import Crowd
 from swarm.server.links import OutgoingLink
-from swarm.server.open_sessions import OpenSessions
+from swarm.server.open_sessions import GETS_ON_WITHIN_S, OpenSessions
 from swarm.server.sessions import HeldSession, SessionTable
 from swarm.server.step_runner import StepRunner
 from swarm.transport.node import Node
@@ -32,8 +32,6 @@ _READ_BYTES = 256 * 1024
 _WRITE_TIMEOUT_S = 30.0
 _MAX_UNREAD_BYTES = 256 * 1024 * 1024
 """A client that leaves more than this unread loses its session."""
-_GETS_ON_WITHIN_S = 1.0
-"""Who has not computed anything for so long brings nobody what it begins with."""
 _LET_IN_WITHIN_S = 60.0
 """What another session brings is waited for no longer than this, …"""
 _ATTACHED_WITHIN_S = 1.0
@@ -108,7 +106,7 @@ class SessionStream:
         if self._held is None or self._session is None or self._held is held or self._held.blocks != held.blocks:
             return False
         has_passed = self._session.computed_positions >= (known + 1) * PAGE
-        if has_passed or time.monotonic() > self._got_on_at + _GETS_ON_WITHIN_S:
+        if has_passed or time.monotonic() > self._got_on_at + GETS_ON_WITHIN_S:
             return False
         if self._promised[: known + 1] == prefix[: known + 1]:
             return True

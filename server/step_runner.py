@@ -14,13 +14,13 @@ from swarm.errors import ExpertsMissing, ServerFault
 from swarm.protocol.served_actions import Spent, Work
 from swarm.server.compute import ComputeThread
 from swarm.server.experts.dispatch import ExpertDispatch
-from swarm.server.schedule import Waiting
+from swarm.server.schedule import MAX_SHORT, Waiting
 from swarm.server.sessions import HeldSession, SessionTable, run_steps
 
 logger = logging.getLogger(__name__)
 
-PART = 16
-"""Positions of a prompt's piece that run at once while others' tokens come."""
+PART = 2 * MAX_SHORT
+"""Positions of a prompt's piece that run at once while others' tokens come; no part is to be taken for a token."""
 _TOKENS_COME_FOR_S = 0.25
 """So long after the last one, the next is expected."""
 _BUSY_FOR_S = 3.0
@@ -57,7 +57,7 @@ class StepRunner:
     def begin(
         self, table: SessionTable, held: HeldSession, work: Work, *, can_wait: bool
     ) -> asyncio.Future[tuple[torch.Tensor, Spent]]:
-        """Have `work` computed for a session of `table`; wait for it with :meth:`result`.
+        """Have `work` computed for a session of `table`; wait for it with :meth:`complete`.
 
         Raises:
             CacheFull: there is no room for it.

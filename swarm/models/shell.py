@@ -35,7 +35,8 @@ def load_shell(
     """The family's own ``…ForCausalLM`` with embeddings, final norm and head, and `layers` instead of its layers.
 
     Args:
-        layers: called as a decoder layer is, with hidden states ``[batch, positions, hidden]``.
+        layers: called as a decoder layer is, with hidden states ``[batch, positions, hidden]``; for single tokens
+            perhaps with these alone (:mod:`swarm.models.shortcut`).
         model_class: makes a subclass of the family's class, to instantiate instead of it.
         quantized_layers: `layers` have quantized weights: let the head be quantized, too, on a CPU.
 
