@@ -48,16 +48,17 @@ class Arena:
 
     report: Report
     remote: Any
+    tokenizer: Any
     local: Any
 
     def tokens(self, text: str, length: int) -> torch.Tensor:
         """``[1, length]`` of `text`, again and again."""
-        ids: torch.Tensor = self.remote.tokenizer()(text * (length // 8), return_tensors="pt").input_ids
+        ids: torch.Tensor = self.tokenizer(text * (length // 8), return_tensors="pt").input_ids
         return ids[:, :length]
 
     def prompts(self) -> list[torch.Tensor]:
         """Short ones."""
-        return [self.remote.tokenizer()(text, return_tensors="pt").input_ids for text in PROMPTS]
+        return [self.tokenizer(text, return_tensors="pt").input_ids for text in PROMPTS]
 
     def local_answer(self, prompt: torch.Tensor, tokens: int) -> list[int]:
         """What the swarm's answer must equal."""
@@ -74,7 +75,7 @@ def main() -> None:
         peers = swarm.start_servers("smollm2", ["0:15", "15:30"], "--threads", "1")
         servers = [psutil.Process(peer.process.pid) for peer in peers]
         remote = AutoDistributedModelForCausalLM.from_pretrained("smollm2", initial_peers=swarm.initial_peers)
-        arena = Arena(report, remote, load_whole_model(open_checkpoint("smollm2")))
+        arena = Arena(report, remote, remote.tokenizer(), load_whole_model(open_checkpoint("smollm2")))
         speed = _beside_local(arena, 3 if report.quick else 9)
         growth = _among_others(arena, 1 if report.quick else 4)
         sharing = _shared_prefix(arena, servers, 4 if report.quick else 16)

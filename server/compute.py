@@ -41,11 +41,7 @@ class _Job:
 
 
 class ComputeThread:
-    """Runs functions one after another, in the order that :mod:`swarm.server.schedule` gives them.
-
-    Attributes:
-        last_short_at: when short steps ran last (``time.monotonic()``).
-    """
+    """Runs functions one after another, in the order that :mod:`swarm.server.schedule` gives them."""
 
     def __init__(self, threads: int | None = None) -> None:
         """Called in the thread of the event loop, to which torch is left with one core from now on: where it divides a
@@ -65,7 +61,6 @@ class ComputeThread:
         self._experts_s = 0.0
         self._company = Company(_PATIENCE)
         self._expected: dict[object, float] = {}  # who is about to come with short work, until when (time.monotonic())
-        self.last_short_at = float("-inf")
         self._thread = threading.Thread(target=self._work_or_fail, name="compute", daemon=True)
         self._thread.start()
 
@@ -160,7 +155,7 @@ class ComputeThread:
                 results = [error] * len(jobs)
             took_s = time.perf_counter() - begun
             if jobs[0].waiting.is_short:
-                owed_s, self.last_short_at = took_s, time.monotonic()
+                owed_s = took_s
                 self._company.met(len(jobs), took_s)
             else:
                 owed_s -= took_s

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-MAX_TOGETHER = 64
+MAX_TOGETHER = 96
 """Positions in one batch, of all its sequences."""
 MAX_SHORT = 8
 """Positions of a step that is no piece of a long prompt."""

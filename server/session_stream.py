@@ -235,7 +235,7 @@ class SessionStream:
         a token takes."""
         assert self._session is not None and self._tasks is not None
         assert self._held is not None and self._table is not None
-        parts, can_wait = self._host.steps.parts(self._held, work), self._session.standby
+        parts, can_wait = self._host.steps.parts(self._table, self._held, work), self._session.standby
         try:
             begun = self._host.steps.begin(self._table, self._held, parts[0], can_wait=can_wait)
         except RemoteError as error:

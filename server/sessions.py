@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -39,6 +39,8 @@ class HeldSession:
     """Some were left out: what its cache holds is not what others would compute."""
     mask: torch.Tensor | None = field(default=None)
     """[batch, cached] int64, once anything was padded; None: no padding."""
+    last_short_at: float = float("-inf")
+    """When a token, or a few, came last (``time.monotonic()``)."""
     prefix: list[bytes] = field(default_factory=list)
     """Pages that it begins with, if whoever sends it wants that, and was told that they are known."""
 
@@ -196,6 +198,9 @@ class SessionTable:
 
     def __len__(self) -> int:
         return len(self._held)
+
+    def __iter__(self) -> Iterator[HeldSession]:
+        return iter(self._held.values())
 
     @property
     def free_tokens(self) -> int:

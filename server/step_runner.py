@@ -48,11 +48,11 @@ class StepRunner:
         """Whether a step is under way, or was a moment ago."""
         return self._steps_under_way > 0 or time.monotonic() - self._last_step_at < _BUSY_FOR_S
 
-    def parts(self, held: HeldSession, work: Work) -> list[Work]:
-        """What to run `work` as: while others' tokens come, in parts, between which theirs can run."""
-        others_come = time.monotonic() - self.compute.last_short_at < _TOKENS_COME_FOR_S
-        batch = work.hidden_states.shape[0]
-        return work.split(max(1, PART // batch)) if others_come and held.group(work) is not None else [work]
+    def parts(self, table: SessionTable, held: HeldSession, work: Work) -> list[Work]:
+        """What to run `work` of a session of `table` as: while tokens of others come, in parts; they run in between."""
+        most = max(1, PART // work.hidden_states.shape[0])
+        is_cut = work.count > most and held.group(work) is not None and self._tokens_come(table, held)
+        return work.split(most) if is_cut else [work]
 
     def begin(
         self, table: SessionTable, held: HeldSession, work: Work, *, can_wait: bool
@@ -64,6 +64,8 @@ class StepRunner:
         """
         table.grow(held, work)
         waiting = Waiting(work.hidden_states.shape[:2].numel(), held.group(work), can_wait)
+        if waiting.is_short:
+            held.last_short_at = time.monotonic()
         begun = self.compute.begin((held, work), run_steps, waiting, id(held))
         if work.recalled and not can_wait:
             self.compute.expect(id(held))  # what comes after the beginning, of all who waited for it
@@ -129,6 +131,10 @@ class StepRunner:
             logger.exception("a step failed")
             reason = str(error).splitlines()[0] if str(error) else repr(error)
             raise ServerFault(f"the computation failed: {reason}") from error
+
+    def _tokens_come(self, table: SessionTable, but: HeldSession) -> bool:
+        since = time.monotonic() - _TOKENS_COME_FOR_S
+        return any(held.last_short_at > since for held in table if held is not but)
 
     def _step_ended(self, _: object) -> None:
         self._steps_under_way -= 1

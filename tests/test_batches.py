@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,10 @@ from swarm.models.together import Together, way_together
 from swarm.page_names import PAGE
 from swarm.protocol.messages import Open, Step
 from swarm.protocol.served_actions import Spent, Work
-from swarm.server.schedule import Waiting, choose
+from swarm.server.compute import ComputeThread
+from swarm.server.schedule import MAX_TOGETHER, Waiting, choose
 from swarm.server.sessions import HeldSession, SessionTable, run_steps
+from swarm.server.step_runner import PART, StepRunner
 
 MODEL, HIDDEN = "ab" * 32, 64
 
@@ -141,8 +144,9 @@ def test_long_prompts_run_alone(table: tuple[SessionTable, Counting]) -> None:
     assert held.group(short) == (1, 4) and held.group(long) is None
 
 
-def test_a_batch_holds_no_more_positions_than_a_piece_of_a_prompt() -> None:
-    tokens, prompts = [Waiting(1, "all")] * 10, [Waiting(30, "all")] * 3
+def test_a_batch_holds_no_more_positions_than_it_may() -> None:
+    half = MAX_TOGETHER // 2
+    tokens, prompts = [Waiting(1, "all")] * 10, [Waiting(half - 2, "all")] * 3
     assert choose([*tokens, *prompts], prompts_first=False) == [*range(10), 10]
     assert choose([*prompts, *tokens], prompts_first=True) == [0, 1, *range(3, 7)]
 
@@ -164,3 +168,28 @@ def test_what_parts_took_is_what_the_whole_took() -> None:
     assert Spent(0.1, 0.2, 0.05, 3).and_then(Spent(0.3, 0.4, 0.1, 2)) == Spent(
         pytest.approx(0.4), pytest.approx(0.6), pytest.approx(0.15), 3
     )
+
+
+def test_prompts_are_cut_while_others_bring_tokens_and_are_here(table: tuple[SessionTable, Counting]) -> None:
+    sessions, counting = table
+    counting.most_positions = 4 * PART
+    prompt, token = work(states(1, 3 * PART, 1)), work(states(1, 1, 2))
+
+    async def lengths() -> list[list[int]]:
+        compute = ComputeThread(1)
+        steps = StepRunner(compute)
+        own, other = opened(sessions), opened(sessions)
+        found = []
+        try:
+            for who in (None, own, other):
+                if who is not None:
+                    await steps.begin(sessions, who, token, can_wait=False)
+                found.append([part.count for part in steps.parts(sessions, own, prompt)])
+            sessions.close(other)
+            found.append([part.count for part in steps.parts(sessions, own, prompt)])
+        finally:
+            compute.stop()
+        return found
+
+    whole, in_parts = [3 * PART], [PART] * 3
+    assert asyncio.run(lengths()) == [whole, whole, in_parts, whole]
