@@ -310,7 +310,7 @@ static void multiply_panel(const Linear *linear, int64_t panel, const float *row
     const int64_t block = count <= MOST_ROWS ? lie.inputs : BLOCK_BYTES / lie.bytes * lie.of_inputs;
     for (int64_t begin = 0; begin < lie.inputs; begin += block)
         for (int64_t row = 0; row < count;) {
-            const int64_t in_tile = rows_of_tile(count - row);
+            const int64_t in_tile = tile_of(row, count).rows;
             const Place place = {
                 .linear = linear, .first = first, .outputs = linear->outputs - first,
                 .begin = begin, .end = least(begin + block, lie.inputs),
@@ -320,7 +320,7 @@ static void multiply_panel(const Linear *linear, int64_t panel, const float *row
             switch (in_tile) {
 #define CASE(number) case number: tile(number, &place, &lie, rows, levels, row); break;
 #if MOST_ROWS >= 12
-                CASE(12) CASE(8) CASE(6) CASE(4)
+                CASE(12) CASE(11) CASE(10) CASE(9) CASE(8) CASE(7) CASE(6) CASE(5) CASE(4)
 #endif
 #if MOST_ROWS >= 3
                 CASE(3)

@@ -16,14 +16,6 @@
 #define MOST_ROWS 2
 #endif
 
-/* How many of `rows` rows are multiplied at once: one of the numbers for which there is a tile. */
-static int64_t rows_of_tile(int64_t rows) {
-    static const int8_t numbers[] = {12, 8, 6, 4, 3, 2};
-    for (int i = 0; i < 6; i++)
-        if (numbers[i] <= rows && numbers[i] <= MOST_ROWS) return numbers[i];
-    return 1;
-}
-
 /* Rows that are multiplied at once. */
 typedef struct {
     int64_t first, rows;
@@ -31,9 +23,8 @@ typedef struct {
 
 /* The one that `row` of `count` is in. */
 static Tile tile_of(int64_t row, int64_t count) {
-    Tile tile = {least(row, count / MOST_ROWS * MOST_ROWS) / MOST_ROWS * MOST_ROWS, 0};
-    while (row >= tile.first + (tile.rows = rows_of_tile(count - tile.first))) tile.first += tile.rows;
-    return tile;
+    const int64_t first = row / MOST_ROWS * MOST_ROWS;
+    return (Tile){first, least(count - first, MOST_ROWS)};
 }
 
 /* Row `row` of [count, inputs] as its tile reads it: input by input, those of all rows of the tile side by side. */
