@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -37,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 _RELOAD_FAILURES = (SwarmError, OSError, MemoryError, RuntimeError)
 """torch reports that memory is exhausted as a RuntimeError."""
+
+_SAY_SO_WITHIN_S = 2.0
+"""A directory that does not answer keeps nobody's sessions waiting for longer."""
 
 
 class Server:
@@ -136,9 +140,7 @@ class Server:
                         self._abandoned.set()
                         moving.cancel()
                         await asyncio.wait([moving])
-                    presence.state = State.DRAINING
-                    presence.renew_soon()
-                    await streams.drain(self._settings.drain_timeout_s)
+                    await self._hand_over(presence, streams)
                 finally:
                     await presence.withdraw()
                 for task in watching:
@@ -196,9 +198,7 @@ class Server:
             SwarmError: what was hosted before cannot be loaded again, either.
         """
         logger.warning("moving from blocks %d to %d to %s", move.old[0], move.old[1] - 1, move.reason)
-        presence.state = State.DRAINING
-        await presence.announce()
-        await streams.drain(self._settings.drain_timeout_s)
+        await self._hand_over(presence, streams)
         await streams.hang_up()
         kept = await self._give_up_span(move.new, presence, streams)
         presence.state = State.JOINING
@@ -219,6 +219,14 @@ class Server:
         if moved:
             on_move(announcement, move)
         return moved
+
+    async def _hand_over(self, presence: Presence, streams: StreamServer) -> None:
+        """Have new sessions go elsewhere, then those that are here: both at once would slow their tokens down."""
+        presence.state = State.DRAINING
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_SAY_SO_WITHIN_S):
+                await presence.announce()
+        await streams.drain(self._settings.drain_timeout_s)
 
     async def _give_up_span(
         self, new: tuple[int, int], presence: Presence, streams: StreamServer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import AsyncExitStack
 
 import pytest
 
@@ -35,3 +36,28 @@ async def test_a_new_client_finds_everybody_and_announcing_does_not_carry_their_
     records_bytes = sum(len(one.pack()) for one in found)
     assert announced_bytes < records_bytes / 3, "a node sent records along that nobody had asked for"
     assert looked_up_s < 3
+
+
+async def test_who_keeps_a_record_is_looked_up_once_for_some_renewals_and_again_when_some_have_gone() -> None:
+    async with AsyncExitStack() as stack:
+        peers = await (await stack.enter_async_context(member([])))[0].addresses()
+        node, directory = await stack.enter_async_context(member(peers))
+        mortals = AsyncExitStack()
+        for those in (stack, mortals):
+            for _ in range(4):
+                await those.enter_async_context(member(peers))
+        client = (await stack.enter_async_context(member(peers, client_only=True)))[1]
+
+        async def announced() -> float:
+            """Announce, and see that others know; returns how many bytes were moved for it."""
+            before, said = moved_bytes(node), announcement(node.peer_id)
+            assert await directory.announce(said)
+            moved = moved_bytes(node) - before
+            (seen,) = await client.servers(MODEL)
+            assert seen.issued_at == said.issued_at
+            return moved
+
+        with_lookup, without = await announced(), await announced()
+        assert without < with_lookup / 1.5
+        await mortals.aclose()
+        assert max([await announced() for _ in range(3)]) > 1.5 * without
