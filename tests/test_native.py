@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from tiny_models import save_tiny_model
 from swarm.models import load_span, open_checkpoint
 from swarm.models.compiled_blocks import CompiledBlocks
 from swarm.models.fast_blocks import fuse_projections
-from swarm.models.native import building, library
+from swarm.models.native import building, library, panels
 from swarm.models.native.panels import PanelLinear, can_use_panels
 from swarm.models.packed_linear import LinearWithCopy
 from swarm.models.paged_cache import PagePool
@@ -61,6 +62,23 @@ def test_a_row_is_the_same_with_any_others_and_any_number_of_threads(outputs: in
         assert torch.equal(linear(rows), together)
     finally:
         torch.set_num_threads(1)
+
+
+def test_the_way_weights_come_changes_no_bit_and_is_measured_once(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fastest = library._fastest_fetching(panels.needed())
+    (remembered,) = (elsewhere / "choices").glob("fetching-*.json")
+    assert json.loads(remembered.read_text())["choice"] == fastest.value
+    linear, rows = PanelLinear(rows_of(100, 577), None), rows_of(3, 577, seed=2)
+    try:
+        products = []
+        for fetching in library.Fetching:
+            panels.needed().fetch(fetching)
+            products.append(linear(rows))
+    finally:
+        panels.needed().fetch(fastest)
+    assert torch.equal(*products)
 
 
 @pytest.mark.parametrize("module", [int8, int4])

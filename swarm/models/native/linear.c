@@ -22,16 +22,21 @@
 /* Of a panel that is multiplied with many rows. */
 #define BLOCK_BYTES 24576
 
-/* Where that is asked for which is needed later, and by how many bytes this moves on with every read of a panel. What is
-   read once goes past the outer caches: it would only drive out what comes after the multiplication. */
+/* Whether what is read once goes past the outer caches, where it would only drive out what comes after the
+   multiplication. That is a good deal faster on some processors, and several times slower on others. */
+static int32_t past_caches;
+
+void swarm_fetch_past_caches(int32_t yes) { past_caches = yes; }
+
+/* Where that is asked for which is needed later, and by how many bytes this moves on with every read of a panel. */
 typedef struct {
     const char *from;
     int64_t step;
-    int once;
+    int past_caches;
 } Later;
 
 INLINE void fetch(Later *later) {
-    if (later->once) {
+    if (later->past_caches) {
         __builtin_prefetch(later->from, 0, 0);
         __builtin_prefetch(later->from + 64, 0, 0);
     } else {
@@ -297,7 +302,7 @@ INLINE void tile(const int count, const Place *place, const Lie *lie, const floa
 
 /* A few rows ask for what they need themselves. Many ask for the next block, each for its share. */
 INLINE Later later_of(int64_t begin, int64_t end, const Lie *lie, int64_t row, int64_t count, int64_t rows) {
-    if (rows <= MOST_ROWS) return (Later){lie->panel + AHEAD, lie->bytes, 1};
+    if (rows <= MOST_ROWS) return (Later){lie->panel + AHEAD, lie->bytes, past_caches};
     const int64_t size = (end - begin) / lie->of_inputs * lie->bytes;
     const char *next = lie->panel + end / lie->of_inputs * lie->bytes;
     return (Later){next + size * row / rows, lie->bytes * count / rows, 0};

@@ -32,6 +32,9 @@ typedef struct {
 /* Outputs of `rows` rows, float [rows, inputs] to float [rows, outputs]. Not 0: no memory. */
 int swarm_linear(const Linear *linear, const float *rows, int64_t count, float *product, int32_t threads);
 
+/* Whether weights that are read once go past the outer caches, from now on in this process. Results are the same. */
+void swarm_fetch_past_caches(int32_t yes);
+
 typedef struct {
     const float *weight;
     float eps;
