@@ -23,9 +23,10 @@ _PATIENCE = 1.0
 """To run one alone takes about as long as to run a few, so it is worth waiting as long for the next of them."""
 _BESIDE_PROMPTS = 0.25
 """A part of that."""
-_EXPECTED_WITHIN_S = 0.15
+_EXPECTED_WITHIN_S = 0.5
+"""Whose beginning was recalled here may have to wait for the same on the next server, and longer than others do …"""
 _PATIENCE_WITH_EXPECTED_S = 0.01
-"""For those who are expected: from one arrival to the next."""
+"""… but they come at once then: so long from one arrival to the next."""
 
 T = TypeVar("T")
 W = TypeVar("W")
@@ -107,6 +108,11 @@ class ComputeThread:
         """Somebody's short work is about to come: others are to wait a moment for it."""
         with self._changed:
             self._expected[whom] = time.monotonic() + _EXPECTED_WITHIN_S
+
+    def expect_no_longer(self, whom: Hashable) -> None:
+        """They have left."""
+        with self._changed:
+            self._expected.pop(whom, None)
 
     def waited(self, seconds: float) -> None:
         """Called by work, on the thread: it has waited so long for other machines."""

@@ -96,6 +96,7 @@ class SessionStream:
             if self._held is not None and self._table is not None:
                 self._host.sessions.closed(self._token)
                 self._table.close(self._held)
+                self._host.steps.left(self._held)
                 self._host.steps.compute.soon(self._held.cache.release)
             self._session = self._held = self._table = (
                 None  # large; and the traceback of what ended this may live for long

@@ -73,6 +73,10 @@ class StepRunner:
         begun.add_done_callback(self._step_ended)
         return begun
 
+    def left(self, held: HeldSession) -> None:
+        """The session is over: nothing more comes of it."""
+        self.compute.expect_no_longer(id(held))
+
     async def complete(
         self,
         table: SessionTable,

@@ -76,6 +76,21 @@ async def test_a_prompt_that_could_run_meanwhile_waits_for_company_a_quarter_as_
     thread._jobs = []
 
 
+async def test_who_is_expected_is_waited_for_though_it_takes_a_while_and_not_after_it_has_left(
+    thread: ComputeThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swarm.server.compute._PATIENCE_WITH_EXPECTED_S", 5.0)
+    for whom in ("first", "second", "third"):
+        thread.expect(whom)
+    await asyncio.sleep(0.3)
+    begun = [thread.begin(None, step, TOKEN, "first")]
+    await asyncio.sleep(0.05)
+    thread.expect_no_longer("third")
+    begun.append(thread.begin(None, step, TOKEN, "second"))
+    async with asyncio.timeout(3):
+        assert [(await one)[0] for one in begun] == [2, 2]
+
+
 class Unequal:
     """What groups are asked, it cannot answer."""
 
