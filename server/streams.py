@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 
-from swarm.errors import ProtocolError
+from swarm.errors import ProtocolError, first_of
 from swarm.protocol.messages import Attach
 from swarm.protocol.wire import Wire
 from swarm.server.session_stream import Host, SessionStream
@@ -31,7 +31,7 @@ class StreamServer:
         try:
             await stream.serve(reader)
         except* ProtocolError as errors:
-            logger.warning("closed a stream of %s: %s", peer_id, _first(errors))
+            logger.warning("closed a stream of %s: %s", peer_id, first_of(errors))
         except* _TASK_FAILURES:
             logger.info("%s vanished", peer_id)
 
@@ -77,10 +77,3 @@ class StreamServer:
         for session in self.host.sessions.all():
             session.end()
         await self.host.sessions.until_none()
-
-
-def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

@@ -22,6 +22,7 @@
     │   │   └── SessionTooLarge     nor would there be if nobody else were there
     │   ├── Draining                it takes no new session
     │   ├── ExpertsMissing          nobody hosts some expert that a token needs
+    │   ├── Forgotten               it has forgotten a beginning that it said it knew
     │   └── ServerFault             its computation failed
     ├── NoRoute                     some block has no server, until the deadline
     │   └── NoRoom                  it has, but none with room for this session's KV cache
@@ -31,6 +32,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeVar
+
+E = TypeVar("E", bound=BaseException)
 
 
 class SwarmError(Exception):
@@ -166,6 +170,14 @@ class NoRoom(NoRoute):
 
 class SessionClosed(SwarmError):
     """The session was used after it had been closed."""
+
+
+def first_of(errors: BaseExceptionGroup[E]) -> E:
+    """The first error of a group, whose members may be groups."""
+    error: BaseExceptionGroup[E] | E = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 _REMOTE = (

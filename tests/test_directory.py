@@ -44,7 +44,7 @@ async def test_who_keeps_a_record_is_looked_up_once_for_some_renewals_and_again_
         node, directory = await stack.enter_async_context(member(peers))
         mortals = AsyncExitStack()
         for those in (stack, mortals):
-            for _ in range(4):
+            for _ in range(3):
                 await those.enter_async_context(member(peers))
         client = (await stack.enter_async_context(member(peers, client_only=True)))[1]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from swarm.errors import PeerUnreachable, SwarmError
+from swarm.errors import PeerUnreachable, SwarmError, first_of
 from swarm.protocol.messages import Message, Ping, Pong
 from swarm.protocol.wire import Wire
 from swarm.transport.heartbeat import Heartbeat
@@ -84,7 +84,7 @@ class WatchedStream:
                 tasks.create_task(self._watch())
                 tasks.create_task(self._read(reader, on_message))
         except* SwarmError as errors:
-            raise _first(errors) from None
+            raise first_of(errors) from None
         except* OSError as errors:
             raise PeerUnreachable(f"{self.peer_id} broke off: {errors.exceptions[0]}") from None
         finally:
@@ -128,11 +128,3 @@ class WatchedStream:
         if self._writer is not None:
             with contextlib.suppress(OSError):  # the reader notices
                 write(self._writer, self._wire.take_outgoing())
-
-
-def _first(errors: BaseExceptionGroup[SwarmError]) -> SwarmError:
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, SwarmError)
-    return error
