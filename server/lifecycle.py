@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -223,9 +222,11 @@ class Server:
     async def _hand_over(self, presence: Presence, streams: StreamServer) -> None:
         """Have new sessions go elsewhere, then those that are here: both at once would slow their tokens down."""
         presence.state = State.DRAINING
-        with contextlib.suppress(TimeoutError):
+        try:
             async with asyncio.timeout(_SAY_SO_WITHIN_S):
                 await presence.announce()
+        except (TimeoutError, SwarmError) as error:  # the sessions are to be handed over all the same
+            logger.warning("could not announce that this server drains: %s", error or "the directory does not answer")
         await streams.drain(self._settings.drain_timeout_s)
 
     async def _give_up_span(
