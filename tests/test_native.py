@@ -64,9 +64,7 @@ def test_a_row_is_the_same_with_any_others_and_any_number_of_threads(outputs: in
         torch.set_num_threads(1)
 
 
-def test_the_way_weights_come_changes_no_bit_and_is_measured_once(
-    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_way_weights_come_changes_no_bit_and_is_measured_once(elsewhere: Path) -> None:
     fastest = library._fastest_fetching(panels.needed())
     (remembered,) = (elsewhere / "choices").glob("fetching-*.json")
     assert json.loads(remembered.read_text())["choice"] == fastest.value
