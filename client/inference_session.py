@@ -9,6 +9,7 @@ from types import TracebackType
 import torch
 
 from swarm.client.background import BackgroundLoop
+from swarm.client.foresight import Foresight
 from swarm.client.session import Recovery, Session
 from swarm.client.timing import HopTiming, StepTiming
 from swarm.routing import Leg
@@ -22,11 +23,13 @@ class InferenceSession:
     Attributes:
         output_ids: the tokens generated so far in this session, ``[batch, length]``, or None.
         output_mask: which of them are no padding, likewise.
+        foresight: what is expected to come next.
     """
 
     def __init__(self, session: Session, max_length: int) -> None:
         self._session, self._loop = session, BackgroundLoop.shared()
         self.max_length = max_length
+        self.foresight = Foresight()
         self.output_ids: torch.Tensor | None = None
         self.output_mask: torch.Tensor | None = None
         weakref.finalize(self, _close_later, self._loop, session)
@@ -75,6 +78,16 @@ class InferenceSession:
         return self._session.relayed
 
     @property
+    def taken_ahead(self) -> int:
+        """How many steps had been begun before they were asked for (``look_ahead=True``)."""
+        return self._session.taken_ahead
+
+    @property
+    def ahead_in_vain(self) -> int:
+        """How many were begun that nobody asked for."""
+        return self._session.ahead_in_vain
+
+    @property
     def route(self) -> tuple[Leg, ...]:
         """The servers in use now."""
         return self._session.route
@@ -86,20 +99,25 @@ class InferenceSession:
         mask: torch.Tensor | None = None,
         *,
         wanted: int | None = None,
-        on_result: Callable[[], object] = lambda: None,
+        on_result: Callable[[torch.Tensor], object] = lambda _: None,
     ) -> torch.Tensor:
         """Run new positions through all blocks; see :meth:`swarm.client.session.Session.step`.
 
         Args:
-            on_result: called on the client's own thread when the result has come, just before this one goes on.
+            on_result: called with it on the client's own thread when the result has come, before this one goes on.
         """
 
         async def step() -> torch.Tensor:
             output = await self._session.step(hidden_states, position_ids, mask, wanted=wanted)
-            on_result()
+            on_result(output)
             return output
 
         return self._loop.run(step()).to(hidden_states.device)
+
+    def step_ahead(self, hidden_states: torch.Tensor) -> None:
+        """(``on_result``) Begin with what :meth:`step` is likely to be given next; see
+        :meth:`swarm.client.session.Session.step_ahead`."""
+        self._session.step_ahead(hidden_states)
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Let sequence i go on as what sequence ``rows[i]`` was (beam search)."""

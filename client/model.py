@@ -21,6 +21,8 @@ from swarm.client.remote_layers import RemoteCache, RemoteLayers
 from swarm.client.settings import ClientSettings
 from swarm.models import Checkpoint, load_shell, open_checkpoint
 from swarm.models.batched_head import MOST_ROWS, BatchedHead
+from swarm.models.draft_head import DraftHead
+from swarm.models.shortcut import shortcut_of
 from swarm.protocol.tensors import dtype_name
 
 _DEFAULT_ROOM = 64
@@ -56,6 +58,7 @@ class AutoDistributedModelForCausalLM:
         any_precision: bool = False,
         allow_degraded: bool = False,
         allow_untested: bool = False,
+        look_ahead: bool = True,
     ) -> Any:
         """Load embeddings, norm and head of `model` here, and leave its layers to the swarm.
 
@@ -81,6 +84,9 @@ class AutoDistributedModelForCausalLM:
             any_precision: also use servers of another precision.
             allow_degraded: (mixtures of experts) go on without experts that nobody hosts; outputs are then not the
                 model's, and ``session.last_step.degraded`` says so. Default: wait for them, then ExpertsMissing.
+            look_ahead: let servers begin with the likeliest token while exact logits are made here
+                (:mod:`swarm.client.foresight`), where the head is slow enough for that; takes a byte more for each of
+                its weights.
 
         Returns:
             An instance of the family's own ``…ForCausalLM`` class (and of :class:`DistributedMixin`).
@@ -120,6 +126,7 @@ class AutoDistributedModelForCausalLM:
                 device=device,
                 model_class=_distributed_class,
                 quantized_layers=quantization is not None,
+                with_draft=look_ahead,
             )
         except BaseException:
             BackgroundLoop.shared().run(network.leave())
@@ -182,21 +189,29 @@ class DistributedMixin(PreTrainedModel):
         thread, head = threading.get_ident(), self.get_output_embeddings()
         expects = isinstance(head, BatchedHead) and given.shape[0] * length <= MOST_ROWS
 
-        def coming() -> None:
+        session = cache.session
+        foresees = expects and head.draft is not None and shortcut_of(self) is not None
+        foresees = foresees and given is input_ids and given.numel() == 1
+
+        def arrived(output: torch.Tensor) -> None:
+            if foresees and session.foresight.is_trusted and (draft := head.draft) is not None:
+                self._look_ahead(session, draft, output)
             if expects:
                 head.expect(thread)
 
+        if foresees:
+            session.foresight.chosen(int(given))
         wanted = self._positions_wanted(length, kwargs)
 
         def run(hidden_states: torch.Tensor) -> torch.Tensor:
-            output = cache.session.step(hidden_states, position_ids, mask, wanted=wanted, on_result=coming)
+            output = cache.session.step(hidden_states, position_ids, mask, wanted=wanted, on_result=arrived)
             if wanted is None:
                 return output
             return functional.pad(output, (0, 0, length - wanted, 0))  # the rest is looked at by nobody
 
         try:
             with self._layers.running(run):
-                return super().forward(
+                output = super().forward(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
                     position_ids=position_ids,
@@ -205,6 +220,9 @@ class DistributedMixin(PreTrainedModel):
                     use_cache=kept,
                     **kwargs,
                 )
+            if foresees and not session.foresight.is_trusted:
+                session.foresight.expect(int(output[0].argmax()))
+            return output
         finally:
             if expects:
                 head.do_not_expect(thread)
@@ -252,6 +270,16 @@ class DistributedMixin(PreTrainedModel):
         )
         few = type(logits) is int and 0 < logits < length and options.get("labels") is None
         return logits if few and not everything else None
+
+    @torch.no_grad()
+    def _look_ahead(self, session: InferenceSession, draft: DraftHead, output: torch.Tensor) -> None:
+        """Let servers begin with what is likeliest to follow `output`, ``[1, 1, hidden]`` as it left the last block."""
+        shortcut = shortcut_of(self)
+        assert shortcut is not None
+        token = draft.likeliest(shortcut.normed(self, output)[0])
+        ends = self.generation_config.eos_token_id
+        if token != ends and not (isinstance(ends, list) and token in ends) and session.foresight.expect(token):
+            session.step_ahead(shortcut.embed(self, torch.tensor([[token]])))
 
     def _supports_logits_to_keep(self) -> bool:
         """Whether the head can be spared all positions of a prompt but the last: as the family's own class says."""

@@ -84,6 +84,21 @@ class Recovery:
     """When the loss was noticed (``time.monotonic()``); None: nobody had to wait, the server left between two steps."""
 
 
+@dataclass(frozen=True)
+class _Ahead:
+    """A step that was begun before it was asked for."""
+
+    position: int
+    hidden_states: torch.Tensor
+    """``[1, 1, hidden]``"""
+    results: list[asyncio.Future[Delivered]]
+
+    def is_of(self, position: int, hidden_states: torch.Tensor) -> bool:
+        """Whether this is the step that is asked for."""
+        mine = self.hidden_states
+        return position == self.position and mine.dtype == hidden_states.dtype and torch.equal(mine, hidden_states)
+
+
 class Session:
     """KV caches along a route, for one batch of sequences. Not for concurrent use.
 
@@ -91,6 +106,8 @@ class Session:
         recoveries: what was lost and replaced so far.
         last_step: where the time of the last step went.
         reroutes: how often it left servers that worked, for a much better way.
+        taken_ahead: how many steps had been begun when they were asked for (:meth:`step_ahead`).
+        ahead_in_vain: how many were begun that nobody asked for.
     """
 
     def __init__(
@@ -119,7 +136,8 @@ class Session:
         self._pending_reorder: torch.Tensor | None = None
         self._streams: dict[int, tuple[WatchedStream, asyncio.Task[None]]] = {}
         self._errands: set[asyncio.Task[None]] = set()
-        self._awaited: dict[int, asyncio.Future[Delivered]] = {}
+        self._awaited: dict[int, asyncio.Future[Delivered]] = {}  # by sequence numbers: what was not delivered yet
+        self._ahead: _Ahead | None = None
         self._looking_after: asyncio.Task[None] | None = None
         self._search: asyncio.Task[None] | None = None
         self._opened: set[int] = set()  # hops
@@ -134,7 +152,7 @@ class Session:
         self.recoveries: list[Recovery] = []
         self._ways_s: dict[int, float | None] = {}  # to the servers of hops, as the view knows them
         self.last_step = StepTiming(0.0)
-        self.reroutes = 0
+        self.reroutes = self.taken_ahead = self.ahead_in_vain = 0
 
     @property
     def position(self) -> int:
@@ -197,33 +215,40 @@ class Session:
         batch, count, _ = hidden_states.shape
         if batch != self._batch and self._position > 0:
             raise ValueError(f"this session holds {self._batch} sequences, the step has {batch}")
-        self._step_begun = self._last_progress = time.monotonic()
-        if self._looking_after is None:
-            self._looking_after = self._errand(self._look_after())
-        self._max_length = max(self._max_length, self._position + count)
-        self._new_positions = count
-        self._left_as_stuck = False
-        if self._better_way:
-            self._reroute()
-        old_batch, self._batch = self._batch, batch
         position_ids = _unless_default(position_ids, self._position, batch, count)
         mask = None if mask is None or bool(mask.all()) else mask.detach().to("cpu", torch.uint8).expand(batch, count)
+        old_batch = self._batch
+        is_plain = position_ids is None and mask is None and self._pending_reorder is None
+        ahead = self._take_ahead(hidden_states if is_plain else None)
         try:
-            for stream, _ in self._streams.values():
-                stream.expecting = True
-            delivered = await self._run(hidden_states, position_ids, mask, wanted)
+            results = ahead or self._begin(hidden_states, position_ids, mask, wanted)
+            delivered = [await results[0]]
+            self._pending_reorder = None  # all servers have done it
+            delivered += [await result for result in results[1:]]
         except BaseException:
             self._batch = old_batch
             self._give_up()
             raise
-        finally:
-            for stream, _ in self._streams.values():
-                stream.expecting = False
         self._position += count
         self._new_positions = 0
         self.last_step = self._passed(delivered)
         outputs = [one.hidden_states.to(hidden_states.dtype) for one in delivered]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def step_ahead(self, hidden_states: torch.Tensor) -> None:
+        """Begin with what is likely to be the next step, before it is asked for.
+
+        If it is what :meth:`step` is given next, that has a start; if not, servers roll it back.
+
+        Args:
+            hidden_states: ``[1, 1, hidden]`` as they enter block 0, of the position that follows.
+        """
+        has_room = self._position < self._max_length
+        is_at_rest = not self._awaited and self._ahead is None and self._pending_reorder is None
+        if self._closed or not has_room or not is_at_rest or self._better_way or self._batch != 1:
+            return
+        hidden_states = hidden_states.detach().to("cpu")
+        self._ahead = _Ahead(self._position, hidden_states, self._begin(hidden_states, None, None, None))
 
     def roll_back(self, position: int) -> None:
         """Forget the positions from `position` on; the servers follow with the next step.
@@ -254,16 +279,25 @@ class Session:
 
     # --- doing what the machine says
 
-    async def _run(
+    def _begin(
         self,
         hidden_states: torch.Tensor,
         position_ids: torch.Tensor | None,
         mask: torch.Tensor | None,
         wanted: int | None,
-    ) -> list[Delivered]:
-        reorder = self._pending_reorder.tolist() if self._pending_reorder is not None and self._position else None
-        waiting = []
+    ) -> list[asyncio.Future[Delivered]]:
+        """Let a step be sent, and give what will hold its results, piece by piece."""
         batch, count, _ = hidden_states.shape
+        self._step_begun = self._last_progress = time.monotonic()
+        if self._looking_after is None:
+            self._looking_after = self._errand(self._look_after())
+        self._max_length = max(self._max_length, self._position + count)
+        self._new_positions, self._left_as_stuck = count, False
+        if self._better_way:
+            self._reroute()
+        self._batch = batch
+        reorder = self._pending_reorder.tolist() if self._pending_reorder is not None and self._position else None
+        results = []
         for begin, end in _chunks(batch, count):
             future: asyncio.Future[Delivered] = asyncio.get_running_loop().create_future()
             sequence, actions = self._machine.submit(
@@ -275,14 +309,22 @@ class Session:
                 _wanted_of_piece(begin, end, count, wanted),
             )
             self._awaited[sequence] = future
-            waiting.append(future)
+            results.append(future)
             self._do(actions)
-        try:
-            delivered = [await waiting[0]]
-            self._pending_reorder = None  # all servers have done it
-            return delivered + [await future for future in waiting[1:]]
-        finally:
-            self._awaited.clear()
+        self._expect(True)
+        return results
+
+    def _take_ahead(self, hidden_states: torch.Tensor | None) -> list[asyncio.Future[Delivered]] | None:
+        """The results of the step ahead, if it is this one, ``[1, 1, hidden]``; if not, nobody waits for them."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return None
+        if hidden_states is not None and ahead.is_of(self._position, hidden_states):
+            self.taken_ahead += 1
+            return ahead.results
+        self.ahead_in_vain += 1
+        self._awaited.clear()
+        return None
 
     def _do(self, actions: list[Action]) -> None:
         for action in actions:
@@ -291,8 +333,9 @@ class Session:
                     self._streams[hop][0].send(message, tensors)
                 case Delivered(sequence):
                     self._last_progress = time.monotonic()
-                    if (future := self._awaited.get(sequence)) is not None and not future.done():
+                    if (future := self._awaited.pop(sequence, None)) is not None and not future.done():
                         future.set_result(action)
+                    self._expect(bool(self._awaited))
                 case FindRoute(start, end):
                     self._search = self._errand(self._find_route(start, end))
                 case FindStandby():
@@ -304,6 +347,10 @@ class Session:
                 case Replaced():
                     self._last_progress = time.monotonic()
                     self._note(action)
+
+    def _expect(self, something: bool) -> None:
+        for stream, _ in self._streams.values():
+            stream.expecting = something
 
     def _errand(self, errand: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(errand)
@@ -317,7 +364,11 @@ class Session:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        """Tell whoever waits for a step."""
+        """Tell whoever waits for a step; if nobody does yet, it will be tried again."""
+        if self._ahead is not None:
+            logger.info("a step that was begun ahead has failed: %s", error)
+            self._ahead = None
+            self._give_up()
         for future in self._awaited.values():
             if not future.done():
                 future.set_exception(error)
@@ -328,6 +379,7 @@ class Session:
         if self._search is not None:
             self._search.cancel()
         self._has_room()
+        self._awaited.clear()
         self._do(self._machine.abort())
 
     async def _find_route(self, start: int, end: int) -> None:
@@ -553,7 +605,7 @@ class Session:
 
     def _passed(self, delivered: list[Delivered]) -> StepTiming:
         """The step has passed all servers: the view is told what is new about them."""
-        total_s, hops = time.monotonic() - self._step_begun, self._machine.hops
+        total_s, hops = self._last_progress - self._step_begun, self._machine.hops
         ways_s = {number: self._streams[number][0].one_way_s for number in hops}
         if ways_s != self._ways_s:
             for number, place in hops.items():

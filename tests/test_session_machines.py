@@ -65,6 +65,7 @@ class Program:
             return pieces
         what = random.random()
         reorder, count, chunks = None, 1, 1
+        steps = [self._guess()] if self.position and random.random() < 0.3 else []
         if self.position == 0 or what < 0.1:
             count, chunks = random.randint(1, 3), random.randint(1, 4)
         elif what < 0.3:
@@ -74,17 +75,23 @@ class Program:
         elif what < 0.6:
             self.batch, old = random.randint(1, 3), self.batch
             reorder = [random.randrange(old) for _ in range(self.batch)]
-        steps = []
         for chunk in range(chunks):
-            shape = (self.batch, count, HIDDEN)
-            hidden = torch.tensor([float(random.randrange(100)) for _ in range(self.batch * count * HIDDEN)])
+            shape, hidden = (self.batch, count, HIDDEN), self._hidden_states(count)
             ids = torch.randint(0, 9, shape[:2], generator=torch.Generator().manual_seed(random.randrange(99)))
             steps.append(
-                (self.position, reorder if chunk == 0 else None, hidden.reshape(shape),
+                (self.position, reorder if chunk == 0 else None, hidden,
                  ids if self.custom_positions and random.random() < 0.5 else None)
             )  # fmt: skip
             self.position += count
         return steps
+
+    def _guess(self) -> tuple[int, None, torch.Tensor, None]:
+        """A step that is begun before it is known what will be asked for, and turns out to be wrong."""
+        return self.position, None, self._hidden_states(1), None
+
+    def _hidden_states(self, count: int) -> torch.Tensor:
+        numbers = [float(self.random.randrange(100)) for _ in range(self.batch * count * HIDDEN)]
+        return torch.tensor(numbers).reshape(self.batch, count, HIDDEN)
 
     def expect(
         self, position: int, reorder: list[int] | None, hidden: torch.Tensor, ids: torch.Tensor | None

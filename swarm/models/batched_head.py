@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from swarm.models.combining import Combiner
+from swarm.models.draft_head import DraftHead
 
 MOST_ROWS = 4
 """A call with more is run as it is: a prompt, or many beams, make good use of the weights by themselves."""
@@ -25,13 +26,24 @@ class BatchedHead(nn.Linear):
     autocast it does what that layer would do.
     """
 
-    def __init__(self, head: nn.Linear) -> None:
+    def __init__(self, head: nn.Linear, draft: DraftHead | None = None) -> None:
+        """
+        Args:
+            draft: of `head`.
+        """
         nn.Module.__init__(self)
         self.in_features, self.out_features = head.in_features, head.out_features
         self.weight, self.bias = head.weight, head.bias
         self.train(head.training)
         self._combined: Combiner[torch.Tensor, torch.Tensor] = Combiner(self._of_all, _MOST_CALLS)
         self._made_from = (head,)  # no part of this module, which would then hold everything twice
+        self._draft = draft
+
+    @property
+    def draft(self) -> DraftHead | None:
+        """Says sooner what is likeliest; None: there is no such thing, or several threads call, which together keep the
+        machine busy as it is."""
+        return None if self._combined.has_company else self._draft
 
     def expect(self, thread: int) -> None:
         """See :meth:`Combiner.expect`."""

@@ -79,6 +79,11 @@ class Combiner(Generic[W, R]):
         with self._lock:
             self._arrived(thread)
 
+    @property
+    def has_company(self) -> bool:
+        """Whether somebody calls now, is expected to, or may come together with whoever calls next."""
+        return self._busy or bool(self._expected) or self._company.count > 1
+
     def __call__(self, work: W) -> R:
         """The result for `work`. Raises what `run` raises for it alone: what others asked for is not its fault."""
         call: _Call[W, R] = _Call(work)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from swarm.models.batched_head import BatchedHead
 from swarm.models.checkpoint import Checkpoint
+from swarm.models.draft_head import draft_of
 from swarm.models.loading import load_part, model_class_of
 from swarm.models.packed_linear import LinearWithCopy
 from swarm.models.quantization import quantized_head
@@ -30,6 +31,7 @@ def load_shell(
     device: torch.device | str = "cpu",
     model_class: Callable[[type[PreTrainedModel]], type[PreTrainedModel]] = lambda family: family,
     quantized_layers: bool = False,
+    with_draft: bool = False,
     on_elements: Callable[[int], object] = lambda _: None,
 ) -> PreTrainedModel:
     """The family's own ``…ForCausalLM`` with embeddings, final norm and head, and `layers` instead of its layers.
@@ -39,6 +41,7 @@ def load_shell(
             perhaps with these alone (:mod:`swarm.models.shortcut`).
         model_class: makes a subclass of the family's class, to instantiate instead of it.
         quantized_layers: `layers` have quantized weights: let the head be quantized, too, on a CPU.
+        with_draft: let a head that is not quantized have a draft, where one is sooner (:mod:`swarm.models.draft_head`).
 
     Raises:
         CorruptCheckpoint: a tensor is missing, or the shell's checksum is wrong.
@@ -56,12 +59,14 @@ def load_shell(
         model_class(with_shortcut(family)),
     )
     shell.config._attn_implementation = _ATTENTION_ELSEWHERE
-    head = shell.get_output_embeddings()
-    if quantized_layers and isinstance(head, nn.Linear) and head.weight.is_cpu:
-        head = LinearWithCopy(head, quantized_head(head))
-    else:
-        head = lay_out_head(head)
-    if isinstance(head, nn.Linear):
-        shell.set_output_embeddings(BatchedHead(head))
+    if isinstance(head := shell.get_output_embeddings(), nn.Linear):
+        shell.set_output_embeddings(_head_in_place_of(head, quantized=quantized_layers, with_draft=with_draft))
     find_shortcut(shell, family)
     return shell
+
+
+def _head_in_place_of(head: nn.Linear, *, quantized: bool, with_draft: bool) -> BatchedHead:
+    if quantized and head.weight.is_cpu:
+        return BatchedHead(LinearWithCopy(head, quantized_head(head)))
+    laid_out = lay_out_head(head)
+    return BatchedHead(laid_out, draft_of(head, laid_out) if with_draft else None)

@@ -104,11 +104,15 @@ class Shortcut:
         embedded: torch.Tensor = shell.get_input_embeddings()(ids)
         return embedded
 
+    def normed(self, shell: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What enters the head, ``[batch, n, hidden]``, of what left the last layer."""
+        result: torch.Tensor = getattr(find_base(shell), self.norm)(hidden_states)
+        return result
+
     def run(self, shell: PreTrainedModel, ids: torch.Tensor, past_key_values: Any) -> ModelOutput:
         """What `shell` returns for token ids ``[batch, 1]``."""
-        base = find_base(shell)
-        hidden_states = getattr(base, self.layers)[0].replacement(self.embed(shell, ids))
-        logits = shell.get_output_embeddings()(getattr(base, self.norm)(hidden_states))
+        hidden_states = getattr(find_base(shell), self.layers)[0].replacement(self.embed(shell, ids))
+        logits = shell.get_output_embeddings()(self.normed(shell, hidden_states))
         return self.output_class(logits=logits, past_key_values=past_key_values)
 
 

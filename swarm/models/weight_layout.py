@@ -9,9 +9,9 @@ values stay what they were.
 
 from __future__ import annotations
 
+import functools
 import logging
 import mmap
-import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from enum import Enum
@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from swarm.models.choices import Situation, choice
+from swarm.models.choices import Situation, choice, least_s
 from swarm.models.native.panels import PanelLinear, can_use_panels
 from swarm.models.packed_linear import LinearWithCopy, PackedLinear, can_pack, multiply, pack
 
@@ -35,7 +35,6 @@ _HUGE_PAGE_BYTES = 2 * 1024**2
 _ALIGNMENT_BYTES = 64
 _SAMPLE_BYTES = 48 * 1024**2
 """Shapes are timed over this much, which no cache holds."""
-_ROUNDS = 5
 _ROWS = (1, 4)
 """One user, and several."""
 _WORTHWHILE = 0.9
@@ -84,13 +83,13 @@ def lay_out_span(span: Span, hidden_size: int, choose: Callable[[Sequence[nn.Mod
             _put_back(places)
 
 
-def lay_out_head(head: nn.Module | None) -> nn.Module | None:
-    """Likewise for the layer that makes logits, if it is a linear one; returns what is to stand in its place.
+def lay_out_head(head: nn.Linear) -> nn.Linear:
+    """Likewise for the layer that makes logits; returns what is to stand in its place.
 
     Its own weights, which it may share with the embedding, stay where they are. If they are not too many, there is a
     second, packed copy.
     """
-    if not isinstance(head, nn.Linear) or head.weight.device.type != "cpu":
+    if head.weight.device.type != "cpu":
         return head
     probe = _probe(head.in_features, head.weight.dtype)
     with torch.inference_mode():
@@ -185,14 +184,17 @@ _Multiply = Callable[[torch.Tensor, Any], torch.Tensor]
 
 
 def _share(plain: Sequence[torch.Tensor], other: Sequence[object], multiply_other: _Multiply) -> float:
-    """How long multiplications take with `other`, over how long they take with `plain`.
-
-    Of each the best of several, in turns: whatever else this machine does falls on both.
-    """
+    """How long multiplications take with `other`, over how long they take with `plain`; of each the best of several."""
     vectors = [torch.ones(count, plain[0].shape[1], dtype=plain[0].dtype) for count in _ROWS]
-    times = [[(_time(plain, rows), _time(other, rows, multiply_other)) for rows in vectors] for _ in range(_ROUNDS)]
-    best = [[min(of_one) for of_one in zip(*of_rows, strict=True)] for of_rows in zip(*times, strict=True)]
-    return sum(of_other for _, of_other in best) / sum(of_plain for of_plain, _ in best)
+    plain_s = {(False, len(rows)): functools.partial(_multiply_all, plain, rows, functional.linear) for rows in vectors}
+    other_s = {(True, len(rows)): functools.partial(_multiply_all, other, rows, multiply_other) for rows in vectors}
+    best = least_s({**plain_s, **other_s})
+    return sum(best[way] for way in other_s) / sum(best[way] for way in plain_s)
+
+
+def _multiply_all(weights: Sequence[object], rows: torch.Tensor, multiply_one: _Multiply) -> None:
+    for weight in weights:
+        multiply_one(rows, weight)
 
 
 def _is_faster_transposed(weight: torch.Tensor) -> bool:
@@ -204,17 +206,6 @@ def _stays_the_same_transposed(weight: torch.Tensor) -> bool:
     probe = _probe(weight.shape[1], weight.dtype)
     plain = functional.linear(probe, weight)
     return _is_close(functional.linear(probe, weight.t().contiguous().t()), plain)
-
-
-def _time(
-    weights: Sequence[object],
-    rows: torch.Tensor,
-    operation: _Multiply = functional.linear,
-) -> float:
-    begun = time.perf_counter()
-    for weight in weights:
-        operation(rows, weight)
-    return time.perf_counter() - begun
 
 
 def _places(layer: nn.Module) -> list[tuple[nn.Module, str]]:

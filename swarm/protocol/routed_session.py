@@ -336,11 +336,19 @@ class RoutedSession:
             self._send_again = False
             for sent in self._under_way:
                 actions += self._send(self._hops[0], sent)
-        while self._waiting and len(self._under_way) < self._window:
+        while self._waiting and len(self._under_way) < self._window and not self._rolls_back(self._waiting[0]):
             sent = self._waiting.popleft()
             self._under_way.append(sent)
             actions += self._send(self._hops[0], sent)
         return actions
+
+    def _rolls_back(self, sent: _Sent) -> bool:
+        """Whether something that is under way is not to be kept. It comes first all the same: if it had to be sent again,
+        servers that have rolled it back would have no result of it."""
+        if not self._under_way:
+            return False
+        last = self._under_way[-1]
+        return sent.step.position < last.step.position + last.tensors["hidden_states"].shape[1]
 
     def _link_up(self) -> list[Action]:
         """Bring the first server up to date, and have every other told by the one before it."""

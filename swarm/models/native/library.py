@@ -5,13 +5,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-import time
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from enum import Enum
 
 import torch
 
-from swarm.models.choices import Situation, choice
+from swarm.models.choices import Situation, choice, least_s
 from swarm.models.native.building import compiled_library
 
 logger = logging.getLogger(__name__)
@@ -140,15 +139,11 @@ def _fastest_fetching(library: Library) -> Fetching:
         weight, product = torch.ones(_SAMPLE_OUTPUTS, _SAMPLE_INPUTS), torch.empty(1, _SAMPLE_OUTPUTS)
         linear = Linear(FLOATS, _SAMPLE_OUTPUTS, _SAMPLE_INPUTS, weight.data_ptr())
 
-        def time_of(fetching: Fetching) -> float:
+        def multiply(fetching: Fetching) -> None:
             library.fetch(fetching)
-            begun = time.perf_counter()
             library.linear(linear, rows.data_ptr(), 1, product.data_ptr(), threads)
-            return time.perf_counter() - begun
 
-        best_s = dict.fromkeys(Fetching, float("inf"))
-        for fetching in [*Fetching] * _ROUNDS:  # in turns: whatever else this machine does falls on all
-            best_s[fetching] = min(best_s[fetching], time_of(fetching))
+        best_s = least_s({fetching: functools.partial(multiply, fetching) for fetching in Fetching})
         is_worthwhile = best_s[Fetching.THROUGH_CACHES] <= _WORTHWHILE * best_s[Fetching.PAST_CACHES]
         return (Fetching.THROUGH_CACHES if is_worthwhile else Fetching.PAST_CACHES).value
 

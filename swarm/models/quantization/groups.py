@@ -1,19 +1,27 @@
-"""What 4-bit schemes share: weights in groups with a scale of their own, and what to do where they are not full."""
+"""What schemes share: weights in groups with a scale of their own, what to do where they are not full, and parts of
+weights of which there is to be no second copy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn import functional
 
 _CHUNK_WEIGHTS = 1 << 20
 """So many weights are dequantized at a time: they stay in a cache until they are used."""
+_PART_WEIGHTS = 1 << 22
+"""So many are quantized at a time, which takes several times the room that they occupy."""
 
 
 def rounded_up(number: int, multiple: int) -> int:
     """The next multiple."""
     return -(-number // multiple) * multiple
+
+
+def parts_of(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """``[outputs, inputs]``, some outputs at a time."""
+    return iter(weight.split(max(1, _PART_WEIGHTS // weight.shape[1])))
 
 
 def whole_groups(weight: torch.Tensor, group: int) -> torch.Tensor:

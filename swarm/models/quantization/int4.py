@@ -20,7 +20,7 @@ from torch.nn import functional
 from swarm.models.native import panels
 from swarm.models.native.library import PANEL, library
 from swarm.models.native.panels import Panels
-from swarm.models.quantization.groups import multiply_by_chunks, whole_groups, whole_rows
+from swarm.models.quantization.groups import multiply_by_chunks, parts_of, whole_groups, whole_rows
 from swarm.models.quantization.kernels import Kernel, Trial, fastest, sampled_outputs
 
 GROUP = 32
@@ -44,13 +44,8 @@ class Int4Levels:
     @classmethod
     def of(cls, weight: torch.Tensor) -> Self:
         """The nearest to floating-point ``[outputs, inputs]``."""
-        groups = whole_groups(weight, GROUP)
-        low, high = groups.amin(dim=2), groups.amax(dim=2)
-        scale = ((high - low) / 15).bfloat16()
-        zero = (low + 8 * scale.float()).bfloat16()
-        steps = scale.float().where(scale != 0, 1).unsqueeze(2)
-        levels = ((groups - zero.float().unsqueeze(2)) / steps).round_().add_(8).clamp_(0, 15).to(torch.uint8)
-        return cls(levels.flatten(1), torch.stack([scale, zero], dim=2).transpose(0, 1)).padded()
+        levels, scales = zip(*map(cls._quantized, parts_of(weight)), strict=True)
+        return cls(torch.cat(levels), torch.cat(scales, dim=1)).padded()
 
     def padded(self) -> Self:
         """With a whole number of the kernel's blocks of outputs."""
@@ -59,6 +54,16 @@ class Int4Levels:
             functional.pad(self.levels, (0, 0, 0, missing)),
             functional.pad(self.scale_and_zero, (0, 0, 0, missing)).contiguous(),
         )
+
+    @staticmethod
+    def _quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        groups = whole_groups(weight, GROUP)
+        low, high = groups.amin(dim=2), groups.amax(dim=2)
+        scale = ((high - low) / 15).bfloat16()
+        zero = (low + 8 * scale.float()).bfloat16()
+        steps = scale.float().where(scale != 0, 1).unsqueeze(2)
+        levels = ((groups - zero.float().unsqueeze(2)) / steps).round_().add_(8).clamp_(0, 15).to(torch.uint8)
+        return levels.flatten(1), torch.stack([scale, zero], dim=2).transpose(0, 1)
 
     def dequantized(self) -> torch.Tensor:
         """float32, ``[outputs, inputs]``."""

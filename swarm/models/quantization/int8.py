@@ -23,7 +23,7 @@ from swarm.models.native import panels
 from swarm.models.native.library import PANEL, library
 from swarm.models.native.panels import Panels
 from swarm.models.packed_linear import multiply_rounded
-from swarm.models.quantization.groups import multiply_by_chunks
+from swarm.models.quantization.groups import multiply_by_chunks, parts_of
 from swarm.models.quantization.kernels import Kernel, Trial, fastest, sampled_outputs
 
 BYTES_PER_WEIGHT = 1.0
@@ -112,9 +112,14 @@ class Int8Levels:
     @classmethod
     def of(cls, weight: torch.Tensor) -> Self:
         """The nearest to floating-point ``[outputs, inputs]``."""
+        levels, scales = zip(*map(cls._quantized, parts_of(weight)), strict=True)
+        return cls(torch.cat(levels), torch.cat(scales))
+
+    @staticmethod
+    def _quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weight = weight.float()
         scale = weight.abs().amax(dim=1, keepdim=True).div_(127).clamp_(min=_SMALLEST)
-        return cls((weight / scale).round_().to(torch.int8), scale.squeeze(1))
+        return (weight / scale).round_().to(torch.int8), scale.squeeze(1)
 
 
 @dataclass(frozen=True)
