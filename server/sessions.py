@@ -124,8 +124,10 @@ class HeldSession:
         """The result of `work` on the CPU: what was `known`, and then `output`, which is kept to be reused."""
         output, begin = output.to("cpu"), known.shape[1]
         if self._may_reuse:
-            ids = work.position_ids[:, begin:] if work.position_ids is not None else None
-            self.cache.remember(work.hidden_states[:, begin:], ids, output, work.position + begin)
+            states, ids = work.hidden_states, work.position_ids
+            if begin:
+                states, ids = states[:, begin:], ids[:, begin:] if ids is not None else None
+            self.cache.remember(states, ids, output, work.position + begin)
         return torch.cat([known, output], dim=1) if begin else output
 
     def _recall(self, positions: int) -> torch.Tensor:

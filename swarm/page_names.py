@@ -22,22 +22,15 @@ NAME_BYTES = 32
 
 @dataclass(frozen=True)
 class Content:
-    """All that the keys and values of some positions depend on, besides what came before."""
+    """All that the keys and values of some positions depend on, besides what came before; on the CPU."""
 
-    ids: memoryview
-    """Their numbers, int64."""
-    states: memoryview
-    """The hidden states that came in, as bytes."""
-
-    @classmethod
-    def of(cls, ids: torch.Tensor | range, states: torch.Tensor) -> Content:
-        """Of ``[n]`` and ``[n, hidden]``, on the CPU; their memory is used on."""
-        if isinstance(ids, range):
-            return cls(numpy.arange(ids.start, ids.stop).data, _bytes_of(states))
-        return cls(ids.to(torch.int64).contiguous().numpy().data, _bytes_of(states))
+    ids: torch.Tensor | range
+    """Their numbers, ``[n]``."""
+    states: torch.Tensor
+    """The hidden states that came in, ``[n, hidden]``."""
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.states)
 
     def part(self, begin: int, end: int) -> Content:
         """Of the positions ``[begin, end)``."""
@@ -45,7 +38,7 @@ class Content:
 
     def copy(self) -> Content:
         """In memory of its own, with nothing else."""
-        return Content(numpy.array(self.ids).data, numpy.array(self.states).data)
+        return Content(self.ids if isinstance(self.ids, range) else self.ids.clone(), self.states.clone())
 
 
 def part_of(contents: Sequence[Content], begin: int, end: int) -> list[Content]:
@@ -65,7 +58,7 @@ def name_of(before: bytes, page: Iterable[Content]) -> bytes:
         before: the name of the page before it; nothing for the first.
     """
     parts = list(page)
-    return _hashed(before, [content.ids for content in parts], [content.states for content in parts])
+    return _hashed(before, parts, [content.states for content in parts])
 
 
 def name_made(before: bytes, page: Iterable[Content], output: torch.Tensor) -> bytes:
@@ -74,7 +67,7 @@ def name_made(before: bytes, page: Iterable[Content], output: torch.Tensor) -> b
     Args:
         before: likewise, of the page before it.
     """
-    return _hashed(before, [content.ids for content in page], [_bytes_of(output)])
+    return _hashed(before, page, [output])
 
 
 def names_of(hidden_states: Sequence[torch.Tensor], most: int) -> list[bytes]:
@@ -85,7 +78,7 @@ def names_of(hidden_states: Sequence[torch.Tensor], most: int) -> list[bytes]:
     """
     contents, at = [], 0
     for states in hidden_states:
-        contents.append(Content.of(range(at, at + len(states)), states))
+        contents.append(Content(range(at, at + len(states)), states))
         at += len(states)
     names: list[bytes] = []
     for begin in range(0, min(at // PAGE, most) * PAGE, PAGE):
@@ -93,12 +86,14 @@ def names_of(hidden_states: Sequence[torch.Tensor], most: int) -> list[bytes]:
     return names
 
 
-def _hashed(before: bytes, ids: Iterable[memoryview], states: Iterable[memoryview]) -> bytes:
+def _hashed(before: bytes, page: Iterable[Content], states: Iterable[torch.Tensor]) -> bytes:
     name = hashlib.blake2b(before, digest_size=NAME_BYTES)
-    for part in (*ids, *states):
-        name.update(part)
+    for content in page:
+        ids = content.ids
+        numbers = (
+            numpy.arange(ids.start, ids.stop) if isinstance(ids, range) else ids.to(torch.int64).contiguous().numpy()
+        )
+        name.update(numbers.data)
+    for part in states:
+        name.update(part.contiguous().view(torch.uint8).numpy().data)
     return name.digest()
-
-
-def _bytes_of(states: torch.Tensor) -> memoryview:
-    return states.contiguous().view(torch.uint8).numpy().data

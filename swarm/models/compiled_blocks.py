@@ -8,6 +8,7 @@ code is tried when a server loads (:func:`swarm.models.together.way_together`).
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -54,22 +55,21 @@ class CompiledBlocks:
 
     @torch.inference_mode()
     def _forward(self, span: Span, steps: Steps) -> list[torch.Tensor]:
-        position_ids = begin_together(steps).flatten()
-        hidden = steps[0][0].shape[2]
+        caches, hidden = [cache for _, cache, _ in steps], steps[0][0].shape[2]
+        cos, sin, rotations = self._rotations.of(begin_together(steps), steps[0][0])
         states = torch.cat([states.reshape(-1, hidden) for states, _, _ in steps]).float()
-        caches = [cache for _, cache, _ in steps]
-        slots = torch.cat([cache.slots for cache in caches])
+        slots = array("q", [slot for cache in caches for slot in cache.slots])
         if states.shape != (len(slots), self._hidden):  # compiled code takes it at its word
             raise ValueError(f"states {tuple(states.shape)} do not fit {len(slots)} positions of {self._hidden}")
         sequences, _runs = _sequences(caches)
-        first = span.start - caches[0].pool.first_layer
-        cos, sin, positions = self._rotations.of(states, position_ids)
-        blocks = [self._blocks[first + index].structure(caches[0].pool) for index in range(span.end - span.start)]
         step = native.Step(
-            len(states), hidden, states.data_ptr(), cos.data_ptr(), sin.data_ptr(), positions.data_ptr(),
-            slots.data_ptr(), sequences, len(sequences),
+            len(slots), hidden, states.data_ptr(), cos.data_ptr(), sin.data_ptr(), _address(rotations),
+            _address(slots), sequences, len(sequences),
         )  # fmt: skip
-        _run(span, blocks, step)
+        first = span.start - caches[0].pool.first_layer
+        _run(span, self._blocks[first : first + span.end - span.start], caches[0].pool, step)
+        if len(steps) == 1:
+            return [states.view_as(steps[0][0])]
         outputs = states.split([states.shape[:2].numel() for states, _, _ in steps])
         return [output.view_as(states) for output, (states, _, _) in zip(outputs, steps, strict=True)]
 
@@ -83,7 +83,7 @@ def _parts(step: Step) -> Iterator[Step]:
         yield states[:, part], cache, ids[:, part] if ids is not None else None
 
 
-def _run(span: Span, blocks: Sequence[native.Block], step: native.Step) -> None:
+def _run(span: Span, blocks: Sequence[_Compiled], pool: PagePool, step: native.Step) -> None:
     """Those that are read from disk each by itself, and the others in as few calls as can be."""
     waiting: list[native.Block] = []
 
@@ -97,7 +97,7 @@ def _run(span: Span, blocks: Sequence[native.Block], step: native.Step) -> None:
         if stream is not None:
             run_waiting()
             stream.fetch(number)
-        waiting.append(block)
+        waiting.append(block.structure(pool))
         if stream is not None:
             run_waiting()
             stream.let_go()
@@ -154,15 +154,19 @@ class _Rotations:
         self._rotary = rotary
         self._cos = self._sin = torch.empty(0, 0)
 
-    def of(self, states: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(cos, sin: float32 ``[n, size]``; where those of each of `positions` are in them)"""
-        least, most = (int(end) for end in torch.aminmax(positions))
+    def of(self, positions: Sequence[int], states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, array[int]]:
+        """(cos, sin: float32 ``[n, size]``; where those of each of `positions` are in them)
+
+        Args:
+            states: such as are to be turned.
+        """
+        least, most = min(positions), max(positions)
         if least < 0 or most >= _MOST_ROTATIONS:
-            return *self._computed(states, positions), torch.arange(len(positions))
+            return *self._computed(states, torch.tensor(positions)), array("q", range(len(positions)))
         if most >= len(self._cos):
             count = (most // _ROTATIONS_AT_A_TIME + 1) * _ROTATIONS_AT_A_TIME
             self._cos, self._sin = self._computed(states, torch.arange(count))
-        return self._cos, self._sin, positions.contiguous()
+        return self._cos, self._sin, array("q", positions)
 
     def _computed(self, states: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         cos, sin = self._rotary(states, positions.view(1, -1))
@@ -178,15 +182,19 @@ def _panels(linear: Any) -> Panels | None:
     return found
 
 
-def _sequences(caches: Sequence[PagedCache]) -> tuple[ctypes.Array[native.Sequence], torch.Tensor]:
-    """(the sequences of a step; the runs at which they point, int64 ``[runs, 2]``, which must live as long)"""
+def _sequences(caches: Sequence[PagedCache]) -> tuple[ctypes.Array[native.Sequence], array[int]]:
+    """(the sequences of a step; the runs at which they point, pairs of numbers, which must live as long)"""
     runs_of_each = [cache.runs(row, cache.length) for cache in caches for row in range(cache.rows)]
-    runs = torch.tensor([run for of_one in runs_of_each for run in of_one], dtype=torch.int64)
-    address, row = runs.data_ptr(), 0
+    runs = array("q", [end for of_one in runs_of_each for run in of_one for end in run])
+    address, row = _address(runs), 0
     found = (native.Sequence * len(runs_of_each))()
     counts = [(cache.length - cache.begun, cache.begun) for cache in caches for _ in range(cache.rows)]
     for sequence, of_one, (rows, before) in zip(found, runs_of_each, counts, strict=True):
         sequence.first_row, sequence.rows, sequence.before = row, rows, before
         sequence.runs, sequence.run_count = address, len(of_one)
-        address, row = address + len(of_one) * runs.stride(0) * runs.itemsize, row + rows
+        address, row = address + len(of_one) * 2 * runs.itemsize, row + rows
     return found, runs
+
+
+def _address(numbers: array[int]) -> int:
+    return numbers.buffer_info()[0]

@@ -18,7 +18,7 @@ from swarm.models.fused_linear import FusedLinear, PartOfFused
 from swarm.models.llama_blocks import fuse_projections_of, is_like_llama
 from swarm.models.paged_cache import PagedCache
 from swarm.models.span import Span
-from swarm.models.steps import Steps, begin_together
+from swarm.models.steps import Steps, position_ids_of
 
 
 def blocks_of(span: Span) -> list[Block] | None:
@@ -61,7 +61,7 @@ class FastBlocks:
     @torch.inference_mode()
     def forward(self, span: Span, steps: Steps) -> list[torch.Tensor]:
         """See :class:`swarm.models.together.Together`."""
-        position_ids = begin_together(steps)
+        position_ids = position_ids_of(steps)
         states = torch.cat([states.reshape(-1, 1, states.shape[2]) for states, _, _ in steps])
         cos, sin = self._rotary(states, position_ids)
         half = sin.shape[-1] // 2
@@ -94,7 +94,7 @@ class _Caches:
 
     def __init__(self, caches: Sequence[PagedCache]) -> None:
         self.pool = caches[0].pool
-        self.slots = torch.cat([cache.slots for cache in caches]) if len(caches) > 1 else caches[0].slots
+        self.places = torch.cat([cache.places for cache in caches]) if len(caches) > 1 else caches[0].places
         self._sequences = [(cache, row) for cache in caches for row in range(cache.rows)]
         self._counts = [cache.length - cache.begun for cache, _ in self._sequences]
         self._views: dict[int | None, list[_View]] = {}
@@ -233,8 +233,8 @@ class Block:
         if self.turns:
             turned = turn.of(turned)
         query, keys = turned.split([heads, key_heads], dim=1)
-        caches.pool.keys[self.number].index_copy_(1, caches.slots, keys.transpose(0, 1))
-        caches.pool.values[self.number].index_copy_(1, caches.slots, values.transpose(0, 1))
+        caches.pool.keys[self.number].index_copy_(1, caches.places, keys.transpose(0, 1))
+        caches.pool.values[self.number].index_copy_(1, caches.places, values.transpose(0, 1))
         attended = caches.attend(self.number, query.view(rows, key_heads, heads // key_heads, size), self.scaling)
         hidden = hidden + self.out(attended.reshape(rows, heads * size))
         gate, up = self.gate_up(self.before_mlp(hidden)).chunk(2, dim=-1)

@@ -181,8 +181,9 @@ class PagedCache(Cache):  # type: ignore[misc]
         """Where the positions for which room was made last begin."""
         self.length = 0
         """Positions held, those included."""
-        self.slots = torch.empty(0, dtype=torch.int64)
-        """Where they are written, ``[sequences × positions]``."""
+        self.slots: list[int] = []
+        """Where they are written, sequence by sequence."""
+        self._places: torch.Tensor | None = None
         super().__init__(layers=[_PagedLayer(self, number) for number in layers])
 
     def update(
@@ -210,12 +211,19 @@ class PagedCache(Cache):  # type: ignore[misc]
             sequence.stretch_runs(self.begun, self.length)
         self._gathered.clear()
         positions = range(self.begun, self.length)
-        slots = [
+        self.slots = [
             sequence.pages[position // PAGE] * PAGE + position % PAGE
             for sequence in self._sequences
             for position in positions
         ]
-        self.slots = torch.tensor(slots, device=self.pool.device)
+        self._places = None
+
+    @property
+    def places(self) -> torch.Tensor:
+        """:attr:`slots`, where the pool is, ``[sequences × positions]``."""
+        if self._places is None:
+            self._places = torch.tensor(self.slots, device=self.pool.device)
+        return self._places
 
     def runs(self, row: int, positions: int) -> list[tuple[int, int]]:
         """Where the last `positions` of a sequence stand in the pool: ``[begin, end)`` of every run of neighbours."""
@@ -435,7 +443,7 @@ class PagedCache(Cache):  # type: ignore[misc]
         rows, count, _ = states.shape
         following = range(start, start + count)
         return [
-            Content.of(position_ids[row] if position_ids is not None else following, states[row]) for row in range(rows)
+            Content(position_ids[row] if position_ids is not None else following, states[row]) for row in range(rows)
         ]
 
 
@@ -456,7 +464,7 @@ class _PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new ones; returns all that the layer looks at."""
-        self._cache.pool.write(self.number, self._cache.slots, key_states, value_states)
+        self._cache.pool.write(self.number, self._cache.places, key_states, value_states)
         return self.read()
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,11 +15,16 @@ Steps = Sequence[Step]
 """Of every session one; n may be another for each."""
 
 
-def begin_together(steps: Steps) -> torch.Tensor:
-    """Make room for the positions of each; returns the ``position_ids`` of all, in a row, ``[positions, 1]``."""
+def begin_together(steps: Steps) -> list[int]:
+    """Make room for the positions of each; returns the position ids of all, in a row."""
     all_ids: list[int] = []
     for states, cache, ids in steps:
         rows, count, _ = states.shape
         all_ids += ids.flatten().tolist() if ids is not None else rows * [*range(cache.length, cache.length + count)]
         cache.begin(rows, count)
-    return torch.tensor(all_ids, device=steps[0][0].device).unsqueeze(1)
+    return all_ids
+
+
+def position_ids_of(steps: Steps) -> torch.Tensor:
+    """Likewise, as ``position_ids`` ``[positions, 1]`` where the hidden states are."""
+    return torch.tensor(begin_together(steps), device=steps[0][0].device).unsqueeze(1)

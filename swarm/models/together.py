@@ -29,7 +29,7 @@ from swarm.models.fast_blocks import FastBlocks, fuse_projections
 from swarm.models.paged_cache import PagedCache, PagePool
 from swarm.models.quantization import rounding
 from swarm.models.span import Span
-from swarm.models.steps import Steps, begin_together
+from swarm.models.steps import Steps, position_ids_of
 from swarm.models.weight_layout import lay_out_span
 from swarm.page_names import PAGE
 
@@ -52,7 +52,7 @@ class CachesTogether(Cache):  # type: ignore[misc]
         super().__init__(layers=[])
         self._rows, self._padded = list(rows), padded
         self._caches = list(caches)
-        self._slots = torch.cat([cache.slots for cache in caches])
+        self._places = torch.cat([cache.places for cache in caches])
         self._of_this_layer: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def update(
@@ -60,7 +60,7 @@ class CachesTogether(Cache):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add every session's keys and values to its cache; :meth:`attend` will find them there."""
         layers = [cache.at(layer_idx) for cache in self._caches]
-        self._caches[0].pool.write(layers[0].number, self._slots, key_states, value_states)
+        self._caches[0].pool.write(layers[0].number, self._places, key_states, value_states)
         self._of_this_layer = [layer.read() for layer in layers]
         if not self._padded:
             return key_states, value_states
@@ -117,7 +117,7 @@ class ThroughLayers:
     def forward(self, span: Span, steps: Steps) -> list[torch.Tensor]:
         """See :class:`Together`."""
         rows = [states.shape[0] for states, _, _ in steps]
-        position_ids = begin_together(steps)
+        position_ids = position_ids_of(steps)
         caches = CachesTogether([cache for _, cache, _ in steps], rows, padded=self.padded)
         with _attention_of(caches, span):
             output = span.forward(torch.cat([states for states, _, _ in steps]), caches, position_ids)

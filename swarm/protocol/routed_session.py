@@ -343,8 +343,8 @@ class RoutedSession:
         return actions
 
     def _rolls_back(self, sent: _Sent) -> bool:
-        """Whether something that is under way is not to be kept. It comes first all the same: if it had to be sent again,
-        servers that have rolled it back would have no result of it."""
+        """Whether something that is under way is not to be kept. It comes first all the same: if it had to be sent
+        again, servers that have rolled it back would have no result of it."""
         if not self._under_way:
             return False
         last = self._under_way[-1]
