@@ -21,7 +21,6 @@ from swarm.client.remote_layers import RemoteCache, RemoteLayers
 from swarm.client.settings import ClientSettings
 from swarm.models import Checkpoint, load_shell, open_checkpoint
 from swarm.models.batched_head import MOST_ROWS, BatchedHead
-from swarm.models.draft_head import DraftHead
 from swarm.models.shortcut import shortcut_of
 from swarm.protocol.tensors import dtype_name
 
@@ -85,8 +84,7 @@ class AutoDistributedModelForCausalLM:
             allow_degraded: (mixtures of experts) go on without experts that nobody hosts; outputs are then not the
                 model's, and ``session.last_step.degraded`` says so. Default: wait for them, then ExpertsMissing.
             look_ahead: let servers begin with the likeliest token while exact logits are made here
-                (:mod:`swarm.client.foresight`), where the head is slow enough for that; takes a byte more for each of
-                its weights.
+                (:mod:`swarm.client.foresight`); where that is sooner, with a copy of the head in 4 bits.
 
         Returns:
             An instance of the family's own ``…ForCausalLM`` class (and of :class:`DistributedMixin`).
@@ -126,7 +124,7 @@ class AutoDistributedModelForCausalLM:
                 device=device,
                 model_class=_distributed_class,
                 quantized_layers=quantization is not None,
-                with_draft=look_ahead,
+                looks_ahead=look_ahead,
             )
         except BaseException:
             BackgroundLoop.shared().run(network.leave())
@@ -190,12 +188,12 @@ class DistributedMixin(PreTrainedModel):
         expects = isinstance(head, BatchedHead) and given.shape[0] * length <= MOST_ROWS
 
         session = cache.session
-        foresees = expects and head.draft is not None and shortcut_of(self) is not None
+        foresees = expects and head.looks_ahead and shortcut_of(self) is not None
         foresees = foresees and given is input_ids and given.numel() == 1
 
         def arrived(output: torch.Tensor) -> None:
-            if foresees and session.foresight.is_trusted and (draft := head.draft) is not None:
-                self._look_ahead(session, draft, output)
+            if foresees and session.foresight.is_trusted and head.looks_ahead:
+                self._look_ahead(session, head, output)
             if expects:
                 head.expect(thread)
 
@@ -272,11 +270,11 @@ class DistributedMixin(PreTrainedModel):
         return logits if few and not everything else None
 
     @torch.no_grad()
-    def _look_ahead(self, session: InferenceSession, draft: DraftHead, output: torch.Tensor) -> None:
+    def _look_ahead(self, session: InferenceSession, head: BatchedHead, output: torch.Tensor) -> None:
         """Let servers begin with what is likeliest to follow `output`, ``[1, 1, hidden]`` as it left the last block."""
         shortcut = shortcut_of(self)
         assert shortcut is not None
-        token = draft.likeliest(shortcut.normed(self, output)[0])
+        token = head.likeliest(shortcut.normed(self, output)[0])
         ends = self.generation_config.eos_token_id
         if token != ends and not (isinstance(ends, list) and token in ends) and session.foresight.expect(token):
             session.step_ahead(shortcut.embed(self, torch.tensor([[token]])))

@@ -29,10 +29,10 @@ def model(swarm: LocalSwarm, connect: Callable[..., Any]) -> Any:
     return with_draft(connect("smollm2"))
 
 
-def with_draft(model: Any) -> Any:
-    """Whether or not it is worth while on this machine."""
+def with_draft(model: Any, *, draft: bool = True) -> Any:
+    """With or without one, whether or not it is worth while on this machine."""
     head = model.get_output_embeddings()
-    head._draft = head._draft or DraftHead(head)
+    head._draft = (head._draft or DraftHead(head)) if draft else None
     return model
 
 
@@ -93,12 +93,19 @@ def test_a_draft_names_what_the_head_puts_first(bias: bool, dtype: torch.dtype) 
     assert right >= 0.95 * len(rows)
 
 
-def test_nearly_all_greedy_tokens_are_begun_ahead_and_equal_local(model: Any, smollm2: SmolLM2) -> None:
+@pytest.mark.parametrize("draft", [False, True], ids=["head itself", "draft"])
+def test_nearly_all_greedy_tokens_are_begun_ahead_and_equal_local(model: Any, smollm2: SmolLM2, draft: bool) -> None:
+    multiplications = list[int]()
+    (multiplied,) = with_draft(model, draft=draft).get_output_embeddings()._made_from
+    hook = multiplied.register_forward_hook(lambda *_: multiplications.append(1))
     with model.inference_session(max_length=256) as session:
         ids = model.generate(**smollm2.chat(QUESTION), session=session, **options())
         taken, in_vain = session.taken_ahead, session.ahead_in_vain
+    hook.remove()
+    with_draft(model)
     assert ids.tolist() == smollm2.greedy(QUESTION, TOKENS).tolist()
     assert taken >= 0.8 * TOKENS and in_vain <= 2
+    assert len(multiplications) == TOKENS  # none twice
 
 
 def test_wrong_guesses_are_rolled_back(model: Any, smollm2: SmolLM2) -> None:
@@ -133,15 +140,15 @@ def test_a_step_ahead_takes_no_room_that_was_not_asked_for(model: Any, smollm2: 
 
 def test_threads_side_by_side_do_not_guess(model: Any, smollm2: SmolLM2) -> None:
     head = model.get_output_embeddings()
-    assert head.draft is not None
+    assert head.looks_ahead
     head.expect(1)  # another thread
-    assert head.draft is None
+    assert not head.looks_ahead
     head.do_not_expect(1)
 
 
-def test_who_does_not_want_it_has_no_draft(model: Any, connect: Callable[..., Any], smollm2: SmolLM2) -> None:
+def test_who_does_not_want_it_does_without(model: Any, connect: Callable[..., Any], smollm2: SmolLM2) -> None:
     plain = connect("smollm2", look_ahead=False)
-    assert plain.get_output_embeddings().draft is None
+    assert not plain.get_output_embeddings().looks_ahead
     with plain.inference_session(max_length=256) as session:
         ids = plain.generate(**smollm2.chat(QUESTION), session=session, **options(8))
         assert session.taken_ahead == 0

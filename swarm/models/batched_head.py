@@ -26,10 +26,11 @@ class BatchedHead(nn.Linear):
     autocast it does what that layer would do.
     """
 
-    def __init__(self, head: nn.Linear, draft: DraftHead | None = None) -> None:
+    def __init__(self, head: nn.Linear, draft: DraftHead | None = None, *, looks_ahead: bool = False) -> None:
         """
         Args:
-            draft: of `head`.
+            draft: of `head`, if that is sooner.
+            looks_ahead: let it be asked what is :meth:`likeliest`.
         """
         nn.Module.__init__(self)
         self.in_features, self.out_features = head.in_features, head.out_features
@@ -37,13 +38,26 @@ class BatchedHead(nn.Linear):
         self.train(head.training)
         self._combined: Combiner[torch.Tensor, torch.Tensor] = Combiner(self._of_all, _MOST_CALLS)
         self._made_from = (head,)  # no part of this module, which would then hold everything twice
-        self._draft = draft
+        self._draft, self._looks_ahead = draft, looks_ahead
+        self._made: tuple[torch.Tensor, torch.Tensor] | None = None  # of what row, and what
 
     @property
-    def draft(self) -> DraftHead | None:
-        """Says sooner what is likeliest; None: there is no such thing, or several threads call, which together keep the
-        machine busy as it is."""
-        return None if self._combined.has_company else self._draft
+    def looks_ahead(self) -> bool:
+        """Whether to ask what is :meth:`likeliest`. Not while several threads call: together they keep the machine
+        busy as it is."""
+        return self._looks_ahead and self.weight.is_cpu and not self._combined.has_company
+
+    @torch.no_grad()
+    def likeliest(self, row: torch.Tensor) -> int:
+        """The output that is, most likely, the greatest for ``[1, inputs]``, with which the next call is about to come.
+
+        Without a draft it is the greatest, and the product is kept for that call.
+        """
+        if self._draft is not None:
+            return self._draft.likeliest(row)
+        product = self._multiply(row)
+        self._made = row, product
+        return int(product.argmax())
 
     def expect(self, thread: int) -> None:
         """See :meth:`Combiner.expect`."""
@@ -57,8 +71,10 @@ class BatchedHead(nn.Linear):
         """``[…, inputs]`` to ``[…, outputs]``."""
         if not self._can_be_batched(hidden_states):
             return self._multiply(hidden_states)
-        rows = self._combined(hidden_states.reshape(-1, self.in_features))
-        return rows.view(*hidden_states.shape[:-1], -1)
+        rows = hidden_states.reshape(-1, self.in_features)
+        made, self._made = self._made, None
+        product = made[1] if made is not None and torch.equal(made[0], rows) else self._combined(rows)
+        return product.view(*hidden_states.shape[:-1], -1)
 
     def _can_be_batched(self, hidden_states: torch.Tensor) -> bool:
         """Whether others' calls could run with it; false also for what the layer is going to refuse."""

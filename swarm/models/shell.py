@@ -31,7 +31,7 @@ def load_shell(
     device: torch.device | str = "cpu",
     model_class: Callable[[type[PreTrainedModel]], type[PreTrainedModel]] = lambda family: family,
     quantized_layers: bool = False,
-    with_draft: bool = False,
+    looks_ahead: bool = False,
     on_elements: Callable[[int], object] = lambda _: None,
 ) -> PreTrainedModel:
     """The family's own ``…ForCausalLM`` with embeddings, final norm and head, and `layers` instead of its layers.
@@ -41,7 +41,8 @@ def load_shell(
             perhaps with these alone (:mod:`swarm.models.shortcut`).
         model_class: makes a subclass of the family's class, to instantiate instead of it.
         quantized_layers: `layers` have quantized weights: let the head be quantized, too, on a CPU.
-        with_draft: let a head that is not quantized have a draft, where one is sooner (:mod:`swarm.models.draft_head`).
+        looks_ahead: the head is to say soon what is likeliest, with a draft where that is sooner
+            (:mod:`swarm.models.draft_head`).
 
     Raises:
         CorruptCheckpoint: a tensor is missing, or the shell's checksum is wrong.
@@ -60,13 +61,13 @@ def load_shell(
     )
     shell.config._attn_implementation = _ATTENTION_ELSEWHERE
     if isinstance(head := shell.get_output_embeddings(), nn.Linear):
-        shell.set_output_embeddings(_head_in_place_of(head, quantized=quantized_layers, with_draft=with_draft))
+        shell.set_output_embeddings(_head_in_place_of(head, quantized=quantized_layers, looks_ahead=looks_ahead))
     find_shortcut(shell, family)
     return shell
 
 
-def _head_in_place_of(head: nn.Linear, *, quantized: bool, with_draft: bool) -> BatchedHead:
+def _head_in_place_of(head: nn.Linear, *, quantized: bool, looks_ahead: bool) -> BatchedHead:
     if quantized and head.weight.is_cpu:
-        return BatchedHead(LinearWithCopy(head, quantized_head(head)))
+        return BatchedHead(LinearWithCopy(head, quantized_head(head)), looks_ahead=looks_ahead)
     laid_out = lay_out_head(head)
-    return BatchedHead(laid_out, draft_of(head, laid_out) if with_draft else None)
+    return BatchedHead(laid_out, draft_of(head, laid_out) if looks_ahead else None, looks_ahead=looks_ahead)
