@@ -1,9 +1,9 @@
 """Whether servers may begin with the likeliest next token before it has been chosen.
 
-A greedy choice is nearly always the token to which the logits give most, and so does a draft of the head in 8 bits
-(:mod:`swarm.models.draft_head`), in a quarter of the time. Servers can then work while this machine makes the exact
-logits and chooses: a token takes that much less. A wrong guess costs them a step for nothing, so only those may act who
-have been right. What is generated is what was chosen, in any case.
+A greedy choice is nearly always the token to which the logits give most. Which one that is, a head can say before it
+hands over its logits, and a draft of it before it has made any (:mod:`swarm.models.draft_head`). Servers then work
+while this machine makes exact logits and chooses: a token takes that much less. A wrong guess costs them a step for
+nothing, so only who has been right may act. What is generated is what was chosen, in any case.
 """
 
 from __future__ import annotations

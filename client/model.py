@@ -21,7 +21,7 @@ from swarm.client.remote_layers import RemoteCache, RemoteLayers
 from swarm.client.settings import ClientSettings
 from swarm.models import Checkpoint, load_shell, open_checkpoint
 from swarm.models.batched_head import MOST_ROWS, BatchedHead
-from swarm.models.shortcut import shortcut_of
+from swarm.models.shortcut import Shortcut, shortcut_of
 from swarm.protocol.tensors import dtype_name
 
 _DEFAULT_ROOM = 64
@@ -187,18 +187,18 @@ class DistributedMixin(PreTrainedModel):
         thread, head = threading.get_ident(), self.get_output_embeddings()
         expects = isinstance(head, BatchedHead) and given.shape[0] * length <= MOST_ROWS
 
-        session = cache.session
-        foresees = expects and head.looks_ahead and shortcut_of(self) is not None
-        foresees = foresees and given is input_ids and given.numel() == 1
+        is_one_token = given is input_ids and given.numel() == 1
+        shortcut = shortcut_of(self) if expects and is_one_token and head.looks_ahead else None
+        foresight = cache.session.foresight
+        if shortcut is not None:
+            foresight.chosen(int(given))
 
         def arrived(output: torch.Tensor) -> None:
-            if foresees and session.foresight.is_trusted and head.looks_ahead:
-                self._look_ahead(session, head, output)
+            if shortcut is not None and foresight.is_trusted and head.looks_ahead:
+                self._look_ahead(cache.session, shortcut, head, output)
             if expects:
                 head.expect(thread)
 
-        if foresees:
-            session.foresight.chosen(int(given))
         wanted = self._positions_wanted(length, kwargs)
 
         def run(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -218,8 +218,8 @@ class DistributedMixin(PreTrainedModel):
                     use_cache=kept,
                     **kwargs,
                 )
-            if foresees and not session.foresight.is_trusted:
-                session.foresight.expect(int(output[0].argmax()))
+            if shortcut is not None and not foresight.is_trusted:
+                foresight.expect(int(output[0].argmax()))
             return output
         finally:
             if expects:
@@ -270,13 +270,14 @@ class DistributedMixin(PreTrainedModel):
         return logits if few and not everything else None
 
     @torch.no_grad()
-    def _look_ahead(self, session: InferenceSession, head: BatchedHead, output: torch.Tensor) -> None:
+    def _look_ahead(
+        self, session: InferenceSession, shortcut: Shortcut, head: BatchedHead, output: torch.Tensor
+    ) -> None:
         """Let servers begin with what is likeliest to follow `output`, ``[1, 1, hidden]`` as it left the last block."""
-        shortcut = shortcut_of(self)
-        assert shortcut is not None
         token = head.likeliest(shortcut.normed(self, output)[0])
         ends = self.generation_config.eos_token_id
-        if token != ends and not (isinstance(ends, list) and token in ends) and session.foresight.expect(token):
+        is_last = token in ends if isinstance(ends, list) else token == ends
+        if not is_last and session.foresight.expect(token):
             session.step_ahead(shortcut.embed(self, torch.tensor([[token]])))
 
     def _supports_logits_to_keep(self) -> bool:

@@ -16,13 +16,16 @@ from typing import TypeVar
 
 import torch
 
+from swarm.client.foresight import Foresight
 from swarm.client.network import Network
 from swarm.client.remote_layers import RemoteLayers
 from swarm.client.sampling import Choice, Sampler, Sampling
+from swarm.client.session import Session
 from swarm.client.timing import StepTiming
 from swarm.errors import SwarmError
 from swarm.models import Checkpoint, load_shell
-from swarm.models.shortcut import shortcut_of
+from swarm.models.batched_head import BatchedHead
+from swarm.models.shortcut import Shortcut, shortcut_of
 from swarm.protocol.tensors import dtype_name
 
 _MOST_TOGETHER = 32
@@ -55,6 +58,8 @@ class _Turn:
 @dataclass(frozen=True)
 class _Turned:
     choice: Choice
+    likeliest: int
+    """The token to which the model gave most."""
     hidden_states: torch.Tensor
     """``[1, 1, hidden]``, to enter block 0."""
 
@@ -83,13 +88,19 @@ class TokenStreams:
         self._network = network
         self._layers = RemoteLayers()
         self._shell = load_shell(
-            checkpoint, self._layers, dtype=checkpoint.default_dtype, device=device, quantized_layers=quantized
+            checkpoint,
+            self._layers,
+            dtype=checkpoint.default_dtype,
+            device=device,
+            quantized_layers=quantized,
+            looks_ahead=True,
         )
         self._decoder = self._shell.base_model
         self._takes_positions = "position_ids" in inspect.signature(self._decoder.forward).parameters
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="swarm-head")
         self._waiting: list[tuple[_Turn, asyncio.Future[_Turned]]] = []
         self._working: asyncio.Task[None] | None = None
+        self._streams = 0
         self.context: int | None = getattr(checkpoint.config, "max_position_embeddings", None)
         self.stop_tokens = _stop_tokens(self._shell.generation_config.eos_token_id, checkpoint)
 
@@ -118,17 +129,24 @@ class TokenStreams:
         ids = torch.tensor([list(prompt)])
         sampler = Sampler(sampling, ids, top_logprobs)
         dtype = dtype_name(self._shell.dtype)
-        session = self._network.session(self.checkpoint, dtype, ids.shape[1] + max_new_tokens)
+        session, foresight = self._network.session(self.checkpoint, dtype, ids.shape[1] + max_new_tokens), Foresight()
+        self._streams += 1
         try:
             hidden_states = await self._on_thread(self._entering, ids, torch.arange(ids.shape[1]).unsqueeze(0))
-            for _ in range(max_new_tokens):
+            for left in reversed(range(max_new_tokens)):
                 output = await session.step(hidden_states, wanted=1)
+                if left and foresight.is_trusted:
+                    await self._look_ahead(session, foresight, output, stops)
                 turned = await self._take_turn(_Turn(output, sampler, session.position))
+                if not foresight.is_trusted:
+                    foresight.expect(turned.likeliest)
+                foresight.chosen(turned.choice.token)
                 yield Token(turned.choice, session.last_step, len(session.recoveries))
                 if turned.choice.token in stops:
                     return
                 hidden_states = turned.hidden_states
         finally:
+            self._streams -= 1
             await session.close()
 
     async def embed(self, prompt: Sequence[int]) -> torch.Tensor:
@@ -151,6 +169,17 @@ class TokenStreams:
 
     async def _on_thread(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+    async def _look_ahead(
+        self, session: Session, foresight: Foresight, output: torch.Tensor, stops: frozenset[int]
+    ) -> None:
+        """Let servers begin with what is likeliest to follow `output`, if nobody else keeps this machine busy."""
+        head, shortcut = self._shell.get_output_embeddings(), shortcut_of(self._shell)
+        if self._streams > 1 or shortcut is None or not (isinstance(head, BatchedHead) and head.looks_ahead):
+            return
+        token, hidden_states = await self._on_thread(self._foreseen, shortcut, head, output)
+        if token not in stops and foresight.expect(token):
+            session.step_ahead(hidden_states)
 
     async def _take_turn(self, turn: _Turn) -> _Turned:
         future: asyncio.Future[_Turned] = asyncio.get_running_loop().create_future()
@@ -192,12 +221,19 @@ class TokenStreams:
                 choices.append(turn.sampler.choose(row))
             except (SwarmError, RuntimeError, ValueError, IndexError) as error:
                 choices.append(error)
+        likeliest = logits.argmax(dim=1).tolist()
         tokens = torch.tensor([[choice.token if isinstance(choice, Choice) else 0] for choice in choices])
         entering = self._entering(tokens, torch.tensor([[turn.position] for turn in turns])).unsqueeze(1)
         return [
-            _Turned(choice, hidden_states) if isinstance(choice, Choice) else choice
-            for choice, hidden_states in zip(choices, entering, strict=True)
+            _Turned(choice, first, hidden_states) if isinstance(choice, Choice) else choice
+            for choice, first, hidden_states in zip(choices, likeliest, entering, strict=True)
         ]
+
+    @torch.no_grad()
+    def _foreseen(self, shortcut: Shortcut, head: BatchedHead, output: torch.Tensor) -> tuple[int, torch.Tensor]:
+        """What is likeliest to follow `output` ``[1, 1, hidden]``, and what enters block 0 for it."""
+        token = head.likeliest(shortcut.normed(self._shell, output)[0])
+        return token, shortcut.embed(self._shell, torch.tensor([[token]]))
 
     @torch.no_grad()
     def _entering(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

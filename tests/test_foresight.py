@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import signal
 from collections.abc import Callable
@@ -14,7 +15,9 @@ from live_swarm import until
 from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from swarm.client import ClientSettings, Network, Sampling, TokenStreams
 from swarm.client.foresight import Foresight
+from swarm.client.session import Session
 from swarm.commands.local_swarm import LocalSwarm
 from swarm.errors import NoRoute
 from swarm.models.draft_head import DraftHead
@@ -153,6 +156,34 @@ def test_who_does_not_want_it_does_without(model: Any, connect: Callable[..., An
         ids = plain.generate(**smollm2.chat(QUESTION), session=session, **options(8))
         assert session.taken_ahead == 0
     assert ids.tolist() == smollm2.greedy(QUESTION, 8).tolist()
+
+
+async def test_a_gateways_only_stream_looks_ahead_and_several_do_not(
+    swarm: LocalSwarm, model: Any, smollm2: SmolLM2
+) -> None:
+    network = await Network.join(ClientSettings(initial_peers=tuple(swarm.initial_peers)))
+    sessions, new_session = list[Session](), network.session
+
+    def remembered(*args: Any) -> Session:
+        sessions.append(new_session(*args))
+        return sessions[-1]
+
+    network.session = remembered  # type: ignore[method-assign]
+    streams = TokenStreams(network, smollm2.checkpoint)
+    prompt = smollm2.chat(QUESTION)["input_ids"]
+
+    async def tokens() -> list[int]:
+        return [one.choice.token async for one in streams.generate(prompt[0].tolist(), Sampling(), TOKENS)]
+
+    try:
+        alone, *together = [await tokens(), *await asyncio.gather(tokens(), tokens())]
+    finally:
+        await streams.close()
+        await network.leave()
+    expected = smollm2.whole.generate(prompt, do_sample=False, max_new_tokens=TOKENS)[0, prompt.shape[1] :].tolist()
+    assert alone == expected and together == [expected, expected]
+    assert sessions[0].taken_ahead >= 0.8 * TOKENS and sessions[0].ahead_in_vain == 0
+    assert [session.taken_ahead for session in sessions[1:]] == [0, 0]
 
 
 @pytest.mark.parametrize("right", [True, False], ids=["right", "wrong"])
