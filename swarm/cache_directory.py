@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ logger = logging.getLogger(__name__)
 
 _PATIENCE_S = 60.0
 """After this, somebody who should have computed something is not waited for any more: perhaps it is stopped."""
+
+
+_of_thread = threading.local()
 
 
 def swarm_home() -> Path:
@@ -43,15 +47,21 @@ def fill_directory_atomically(path: Path, fill: Callable[[Path], object]) -> Non
 def alone_in(directory: Path) -> Iterator[None]:
     """While something of `directory` is looked for, and made: others on this machine wait, and then find it.
 
-    So servers that start together compute nothing twice, and measure nothing while others measure. Not to be nested
-    for the same directory.
+    So servers that start together compute nothing twice, and measure nothing while others measure. A thread that is
+    alone there already goes on at once.
     """
+    held = _of_thread.__dict__.setdefault("held", set[Path]())
+    if directory in held:
+        yield
+        return
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # a cache that cannot be written to is a cache that nobody shares
             directory.mkdir(parents=True, exist_ok=True)
             opened = os.open(directory, os.O_RDONLY)
             stack.callback(os.close, opened)
             _lock(opened)
+        held.add(directory)
+        stack.callback(held.discard, directory)
         yield
 
 

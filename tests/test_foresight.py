@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from swarm.client.foresight import Foresight
 from swarm.client.session import Session
 from swarm.commands.local_swarm import LocalSwarm
 from swarm.errors import NoRoute
-from swarm.models.draft_head import DraftHead
+from swarm.models.draft_head import DraftHead, draft_of
 
 SPANS = ["0:15", "15:30"]
 TOKENS = 40
@@ -94,6 +96,21 @@ def test_a_draft_names_what_the_head_puts_first(bias: bool, dtype: torch.dtype) 
         named = [draft.likeliest(row) for row in rows.split(1)]
     right = sum(float(expected[index, name]) >= float(expected[index].max()) for index, name in enumerate(named))
     assert right >= 0.95 * len(rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_whether_a_draft_is_worth_while_is_measured_once(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SWARM_HOME", str(tmp_path))
+    head = nn.Linear(96, 4000, bias=False).to(dtype)
+    begun = time.monotonic()
+    draft_of(head, head)
+    assert time.monotonic() - begun < 45  # kernels are chosen meanwhile; nobody waits for a lock of one's own
+    begun = time.monotonic()
+    draft_of(head, head)
+    assert time.monotonic() - begun < 1
+    assert len(list((tmp_path / "choices").glob(f"draft-{str(dtype).removeprefix('torch.')}-*"))) == 1
 
 
 @pytest.mark.parametrize("draft", [False, True], ids=["head itself", "draft"])
