@@ -245,7 +245,8 @@ class Session:
         """
         has_room = self._position < self._max_length
         is_at_rest = not self._awaited and self._ahead is None and self._pending_reorder is None
-        if self._closed or not has_room or not is_at_rest or self._better_way or self._batch != 1:
+        is_to_change = self._better_way or self._machine.is_left  # which takes less time between two steps
+        if self._closed or not has_room or not is_at_rest or is_to_change or self._batch != 1:
             return
         hidden_states = hidden_states.detach().to("cpu")
         self._ahead = _Ahead(self._position, hidden_states, self._begin(hidden_states, None, None, None))

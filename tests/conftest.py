@@ -36,7 +36,7 @@ _LIVE_NAMES = {"LocalSwarm", "Node", "Laboratory", "subprocess"}
 """What uses one of them starts processes, or opens sockets."""
 _PATIENT_MODULES = {
     "test_chat_page", "test_commands", "test_docker", "test_expert_servers", "test_families_over_processes",
-    "test_forgery", "test_gateway", "test_generation", "test_health", "test_quantization",
+    "test_foresight", "test_forgery", "test_gateway", "test_generation", "test_health", "test_quantization",
 }  # fmt: skip
 """Nothing in them is timed to a fraction of a second."""
 

@@ -310,13 +310,15 @@ def test_a_server_that_leaves_is_followed_between_steps_and_nobody_waits(seed: i
     talk = Conversation(seed, TWO)
     talk.step(5)
     place = talk.swarm.client.places[leaver]
+    assert not talk.swarm.client.is_left
     talk.swarm.drain(place.peer_id)
     talk.settle()
+    assert talk.swarm.client.is_left or talk.swarm.replaced
     talk.step()
     talk.settle()
     (replaced,) = talk.swarm.replaced
     assert (replaced.place, replaced.lost_at, replaced.by_standby) == (place, None, True)
-    assert place.peer_id not in talk.peers
+    assert place.peer_id not in talk.peers and not talk.swarm.client.is_left
     talk.step()
     assert len(talk.swarm.replaced) == 1
 

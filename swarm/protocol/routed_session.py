@@ -291,6 +291,11 @@ class RoutedSession:
         return bool(self._vacancies)
 
     @property
+    def is_left(self) -> bool:
+        """A server of it is leaving: it will be followed when nothing is under way."""
+        return any(hop.draining for hop in self._hops)
+
+    @property
     def hops(self) -> dict[int, Place]:
         """The servers in use now, by the numbers of their hops."""
         return {hop.number: hop.place for hop in self._hops}
