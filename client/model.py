@@ -195,7 +195,7 @@ class DistributedMixin(PreTrainedModel):
 
         def arrived(output: torch.Tensor) -> None:
             if shortcut is not None and foresight.is_trusted and head.looks_ahead:
-                self._look_ahead(cache.session, shortcut, head, output)
+                self._look_ahead(cache.session, shortcut, output)
             if expects:
                 head.expect(thread)
 
@@ -269,16 +269,13 @@ class DistributedMixin(PreTrainedModel):
         few = type(logits) is int and 0 < logits < length and options.get("labels") is None
         return logits if few and not everything else None
 
-    @torch.no_grad()
-    def _look_ahead(
-        self, session: InferenceSession, shortcut: Shortcut, head: BatchedHead, output: torch.Tensor
-    ) -> None:
+    def _look_ahead(self, session: InferenceSession, shortcut: Shortcut, output: torch.Tensor) -> None:
         """Let servers begin with what is likeliest to follow `output`, ``[1, 1, hidden]`` as it left the last block."""
-        token = head.likeliest(shortcut.normed(self, output)[0])
+        token, hidden_states = shortcut.likeliest_after(self, output)
         ends = self.generation_config.eos_token_id
         is_last = token in ends if isinstance(ends, list) else token == ends
         if not is_last and session.foresight.expect(token):
-            session.step_ahead(shortcut.embed(self, torch.tensor([[token]])))
+            session.step_ahead(hidden_states)
 
     def _supports_logits_to_keep(self) -> bool:
         """Whether the head can be spared all positions of a prompt but the last: as the family's own class says."""

@@ -25,7 +25,7 @@ from swarm.client.timing import StepTiming
 from swarm.errors import SwarmError
 from swarm.models import Checkpoint, load_shell
 from swarm.models.batched_head import BatchedHead
-from swarm.models.shortcut import Shortcut, shortcut_of
+from swarm.models.shortcut import shortcut_of
 from swarm.protocol.tensors import dtype_name
 
 _MOST_TOGETHER = 32
@@ -58,8 +58,8 @@ class _Turn:
 @dataclass(frozen=True)
 class _Turned:
     choice: Choice
-    likeliest: int
-    """The token to which the model gave most."""
+    likeliest: int | None
+    """The token to which the model gave most; of several streams at once nobody asks: None."""
     hidden_states: torch.Tensor
     """``[1, 1, hidden]``, to enter block 0."""
 
@@ -138,7 +138,7 @@ class TokenStreams:
                 if left and foresight.is_trusted:
                     await self._look_ahead(session, foresight, output, stops)
                 turned = await self._take_turn(_Turn(output, sampler, session.position))
-                if not foresight.is_trusted:
+                if not foresight.is_trusted and turned.likeliest is not None:
                     foresight.expect(turned.likeliest)
                 foresight.chosen(turned.choice.token)
                 yield Token(turned.choice, session.last_step, len(session.recoveries))
@@ -177,7 +177,7 @@ class TokenStreams:
         head, shortcut = self._shell.get_output_embeddings(), shortcut_of(self._shell)
         if self._streams > 1 or shortcut is None or not (isinstance(head, BatchedHead) and head.looks_ahead):
             return
-        token, hidden_states = await self._on_thread(self._foreseen, shortcut, head, output)
+        token, hidden_states = await self._on_thread(shortcut.likeliest_after, self._shell, output)
         if token not in stops and foresight.expect(token):
             session.step_ahead(hidden_states)
 
@@ -221,19 +221,13 @@ class TokenStreams:
                 choices.append(turn.sampler.choose(row))
             except (SwarmError, RuntimeError, ValueError, IndexError) as error:
                 choices.append(error)
-        likeliest = logits.argmax(dim=1).tolist()
+        likeliest = int(logits.argmax()) if len(turns) == 1 else None
         tokens = torch.tensor([[choice.token if isinstance(choice, Choice) else 0] for choice in choices])
         entering = self._entering(tokens, torch.tensor([[turn.position] for turn in turns])).unsqueeze(1)
         return [
-            _Turned(choice, first, hidden_states) if isinstance(choice, Choice) else choice
-            for choice, first, hidden_states in zip(choices, likeliest, entering, strict=True)
+            _Turned(choice, likeliest, hidden_states) if isinstance(choice, Choice) else choice
+            for choice, hidden_states in zip(choices, entering, strict=True)
         ]
-
-    @torch.no_grad()
-    def _foreseen(self, shortcut: Shortcut, head: BatchedHead, output: torch.Tensor) -> tuple[int, torch.Tensor]:
-        """What is likeliest to follow `output` ``[1, 1, hidden]``, and what enters block 0 for it."""
-        token = head.likeliest(shortcut.normed(self._shell, output)[0])
-        return token, shortcut.embed(self._shell, torch.tensor([[token]]))
 
     @torch.no_grad()
     def _entering(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

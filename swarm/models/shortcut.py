@@ -109,6 +109,17 @@ class Shortcut:
         result: torch.Tensor = getattr(find_base(shell), self.norm)(hidden_states)
         return result
 
+    @torch.no_grad()
+    def likeliest_after(self, shell: PreTrainedModel, output: torch.Tensor) -> tuple[int, torch.Tensor]:
+        """(the token that most likely follows, what enters the first layer for it, ``[1, 1, hidden]``)
+
+        Args:
+            output: ``[1, 1, hidden]`` as it left the last layer, of a shell whose head looks ahead
+                (:class:`~swarm.models.batched_head.BatchedHead`).
+        """
+        token = shell.get_output_embeddings().likeliest(self.normed(shell, output)[0])
+        return token, self.embed(shell, torch.tensor([[token]]))
+
     def run(self, shell: PreTrainedModel, ids: torch.Tensor, past_key_values: Any) -> ModelOutput:
         """What `shell` returns for token ids ``[batch, 1]``."""
         hidden_states = getattr(find_base(shell), self.layers)[0].replacement(self.embed(shell, ids))
