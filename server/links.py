@@ -37,12 +37,11 @@ class OutgoingLink:
         """Send a message to the successor."""
         self._stream.send(message, tensors)
 
-    async def run(self, on_open: Callable[[bool, int], None]) -> None:
+    async def run(self, on_open: Callable[[Attached, int], None]) -> None:
         """Dial, attach, and watch over the link.
 
         Args:
-            on_open: is told whether the successor has heard nothing of the session yet, and how many positions of the
-                prefix it knows nevertheless.
+            on_open: is told what the successor has of the session, and how many positions of the prefix it knows.
 
         Raises:
             PeerError: why the link does not stand, or not any more.
@@ -55,7 +54,7 @@ class OutgoingLink:
                 raise ProtocolError(f"{self._stream.peer_id} sent {message.type!r} over a link")
             attached = True
             attaching.reschedule(None)
-            on_open(message.fresh, min(message.known, len(self._attach.prefix)) * PAGE)
+            on_open(message, min(message.known, len(self._attach.prefix)) * PAGE)
 
         self._stream.send(self._attach)
         try:

@@ -91,6 +91,7 @@ class SessionStream:
                 if self._letting_in is not None:
                     self._letting_in.cancel()
         finally:
+            self._ended.set()  # also for work that is under way, if something went wrong
             for writer in self.predecessors:
                 writer.close()
             if self._held is not None and self._table is not None:
@@ -124,8 +125,9 @@ class SessionStream:
             await self._host.sessions.wait_for_others(self._held, prefix, _ATTACHED_WITHIN_S)
         if self._session is None:
             raise ProtocolError("a link asks for a session that has just ended")
-        fresh = self._session.attach()
-        return Attached(fresh=fresh, known=self._known(prefix) if fresh else 0)
+        if self._session.attach():
+            return Attached(fresh=True, known=self._known(prefix))
+        return Attached(fresh=False, accepted=self._session.accepted)
 
     def _known(self, prefix: Sequence[bytes]) -> int:
         """So many pages of what comes first can be recalled."""
@@ -290,9 +292,9 @@ class SessionStream:
         self._links[number] = (link, self._tasks.create_task(self._keep_link(number, link)))
 
     async def _keep_link(self, number: int, link: OutgoingLink) -> None:
-        def stands(fresh: bool, known: int) -> None:
+        def stands(welcome: Attached, known: int) -> None:
             assert self._session is not None
-            self._act(self._session.link_opened(number, fresh, known))
+            self._act(self._session.link_opened(number, welcome.fresh, known, welcome.accepted))
 
         try:
             await link.run(stands)

@@ -97,10 +97,18 @@ class Hosted:
         """A predecessor says what the session begins with, which is known here."""
         return self.forward(Recall(sequence=sequence, positions=positions, last=last)) + self.compute_all()
 
-    def link(self, number: int = 1, *, fresh: bool = False, standby: bool = False, known: int = 0) -> list[Action]:
+    def link(
+        self,
+        number: int = 1,
+        *,
+        fresh: bool = False,
+        standby: bool = False,
+        known: int = 0,
+        accepted: int | None = None,
+    ) -> list[Action]:
         """A link to a peer is asked for and stands."""
         self.tell(TO_PEER.model_copy(update={"link": number, "standby": standby}))
-        return self.do(self.session.link_opened(number, fresh, known))
+        return self.do(self.session.link_opened(number, fresh, known, accepted))
 
 
 def outputs(actions: list[Action]) -> list[ToClient]:

@@ -173,6 +173,8 @@ class SimulatedSwarm:
         self.kinds: list[str] = []
         self.heard: list[tuple[str, Message]] = []
         """What servers were told, with their peer ids."""
+        self.quarrels: list[str] = []
+        """What one of them took for a breach of the protocol, although all keep to it."""
         self.dials_that_fail = 0.1
         self.no_way: set[tuple[str, str]] = set()
         """Pairs of servers of which the first cannot dial the second."""
@@ -339,6 +341,7 @@ class SimulatedSwarm:
         try:
             self.do(self.client.received(hop, message, tensors))
         except ProtocolError as error:
+            self.quarrels.append(f"client: {error}")
             self.do(self.client.lost(hop, str(error), 0.0))
 
     def _client_notices(self, hop: int) -> None:
@@ -360,6 +363,7 @@ class SimulatedSwarm:
         try:
             self._serve(serving, serving.machine.from_client(message, tensors))
         except ProtocolError as error:
+            self.quarrels.append(f"server, from the client: {error}")
             self._end(serving, str(error))
 
     def _successor_hears(self, wire: Wiring) -> None:
@@ -368,6 +372,7 @@ class SimulatedSwarm:
         try:
             self._serve(wire.target, wire.target.machine.from_predecessor(message, tensors))
         except ProtocolError as error:
+            self.quarrels.append(f"server, over a link: {error}")
             self._cut(wire, str(error))
 
     def _compute(self, serving: Serving) -> None:
@@ -419,14 +424,14 @@ class SimulatedSwarm:
             self._serve(serving, serving.machine.link_lost(link.link, "cannot be dialled"))
             return
         prefix = serving.known(serving.prefix)  # as it was when the dialling began
-        fresh = target.machine.attach()
+        fresh, accepted = target.machine.attach(), target.machine.accepted
         known = target.begins_with(prefix) if fresh else 0
         wire = Wiring(serving, link.link, target)
         serving.wires[link.link] = wire
 
         def answered() -> None:
             if self._runs(serving) and not wire.cut:
-                self._serve(serving, serving.machine.link_opened(link.link, fresh, PAGE * known))
+                self._serve(serving, serving.machine.link_opened(link.link, fresh, PAGE * known, accepted))
 
         self._later.append(("attached", answered))
 

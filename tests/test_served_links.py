@@ -50,6 +50,22 @@ def test_a_reorder_is_sent_on() -> None:
     assert on.tensors["hidden_states"].shape == (3, 1, HIDDEN)
 
 
+def test_a_successor_is_told_the_results_that_it_has_missed() -> None:
+    hosted, sent = Hosted(), [states(2, 1) for _ in range(3)]
+    for number, one in enumerate(sent):
+        hosted.step(number + 1, number, one)
+    *told, linked = hosted.link(accepted=1)
+    assert [one.message.sequence for one in onward(told)] == [2, 3] and to_client([linked]) == [Linked(link=1)]  # type: ignore[union-attr]
+    for number, one in enumerate(onward(told), start=1):
+        assert torch.equal(one.tensors["hidden_states"], sent[number] * 2 + number)
+    assert onward(hosted.link(2, accepted=3)) == []
+    hosted.send(4, 3, states(2, 1), reorder=[1, 0])
+    hosted.compute()
+    assert [one.message.sequence for one in onward(hosted.link(3, accepted=3))] == [4]  # type: ignore[union-attr]
+    (everything,) = onward(hosted.link(4, accepted=2))  # what came of step 3 has changed places since
+    assert everything.message == Replay(sequence=4, position=0, last=True, tensors=[])
+
+
 def test_a_fresh_successor_is_told_everything_first() -> None:
     hosted, first, sent = Hosted(), states(2, 3), states(2, 1)
     hosted.step(1, 0, first)

@@ -61,10 +61,8 @@ def test_a_replay_may_bring_another_number_of_sequences_than_the_session_was_ope
 @pytest.mark.parametrize(
     ("part", "batch", "words"),
     [
-        ({"sequence": 9, "position": 2}, 2, "a replay from position 2 came to a session at 3"),
         ({"sequence": 9, "position": 4}, 2, "a replay from position 4 came to a session at 3"),
-        ({"sequence": 9, "position": 0}, 2, "a replay from position 0 came to a session at 3"),
-        ({"sequence": 8, "position": 3}, 2, "a replay from position 3 came to a session at 3"),
+        ({"sequence": 10, "position": 3}, 2, "a replay from position 3 came to a session at 3"),
         ({"sequence": 9, "position": 3}, 1, "a replay carries 1 sequences; the session has 2"),
         ({"sequence": 9, "position": 3}, 3, "a replay carries 3 sequences; the session has 2"),
     ],
@@ -88,12 +86,64 @@ def test_a_replay_that_begins_in_the_middle_is_refused_and_the_session_stays_fre
     assert len(outputs(hosted.send(1, 0, sent))) == 1
 
 
-def test_a_replay_to_a_session_that_knows_its_state_is_refused() -> None:
+def test_what_another_predecessor_is_telling_already_is_passed_over() -> None:
+    """Two may have attached before either of them said a word."""
+    hosted, told, sent = Hosted(), states(2, 4), states(2, 1)
+    hosted.replay(9, told[:, :3], last=False)
+    for part in ({"sequence": 9, "position": 2}, {"sequence": 8, "position": 3}):
+        assert hosted.forward(Replay(**part, last=True, tensors=[]), hidden_states=states(2, 1)) == []  # type: ignore[arg-type]
+    hosted.forward(Replay(sequence=9, position=3, last=True, tensors=[]), hidden_states=told[:, 3:])
+    assert to_client(hosted.compute()) == [Replayed(sequence=9)]
+    assert torch.equal(hosted.step(10, 4, sent), sent * 2 + 4)
+    (again,) = outputs(hosted.send(9, 0, told))
+    expected = torch.cat([told[:, :3] * 2, told[:, 3:] * 2 + 3], dim=1)
+    assert again.tensors is not None and torch.equal(again.tensors["hidden_states"], expected)
+
+
+def test_a_replay_of_what_is_known_is_passed_over() -> None:
     hosted = Hosted()
-    hosted.step(1, 0, states(2, 3))
+    first = states(2, 3)
+    result = hosted.step(1, 0, first)
     for position in (0, 3):
-        with pytest.raises(ProtocolError, match="a replay from position"):
-            hosted.forward(Replay(sequence=1, position=position, last=True, tensors=[]), hidden_states=states(2, 1))
+        part = Replay(sequence=1, position=position, last=True, tensors=[])
+        assert hosted.forward(part, hidden_states=states(2, 1)) == []
+    assert hosted.forward(Recall(sequence=1, positions=64, last=True)) == []
+    with pytest.raises(ProtocolError, match="a replay from position 3"):
+        hosted.forward(Replay(sequence=2, position=3, last=True, tensors=[]), hidden_states=states(2, 1))
+    (again,) = outputs(hosted.send(1, 0, first))
+    assert again.tensors is not None and torch.equal(again.tensors["hidden_states"], result)
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_a_replay_of_more_takes_the_place_of_what_is_known_and_what_had_not_run_is_answered(replayed: bool) -> None:
+    hosted, told, sent = Hosted(), states(2, 5), states(2, 1)
+    hosted.link()
+    if replayed:
+        hosted.replay(1, told[:, :3], last=False)
+    else:
+        hosted.send(1, 0, told[:, :3])
+        hosted.compute_all()
+        hosted.send(2, 3, told[:, 3:4])
+    hosted.forward(Replay(sequence=3, position=0, last=True, tensors=[]), hidden_states=told)
+    actions = hosted.compute_all()
+    assert to_client(actions) == [Replayed(sequence=3)]
+    on, *answers = onward(actions)
+    assert on.message == Replay(sequence=3, position=0, last=True, tensors=[])  # successors may have missed it, too
+    assert [one.message.sequence for one in answers] == [2] * (not replayed)  # type: ignore[union-attr]
+    hosted.send(4, 5, sent)
+    (last,) = onward(hosted.compute_all())
+    assert torch.equal(last.tensors["hidden_states"], sent * 2 + 5)
+
+
+def test_a_step_that_follows_the_replay_is_not_answered_before_it_has_run() -> None:
+    """It may begin where the replay goes further: what was there is no result of it."""
+    hosted, told, sent = Hosted(), states(2, 3), states(2, 1)
+    hosted.session.attach()
+    hosted.forward(Replay(sequence=4, position=0, last=True, tensors=[]), hidden_states=told)
+    for _ in range(2):
+        assert hosted.forward(Step(sequence=5, position=2, tensors=[]), hidden_states=sent) == []
+    (output,) = outputs(hosted.compute_all())
+    assert output.tensors is not None and torch.equal(output.tensors["hidden_states"], sent * 2 + 2)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from simulated_swarm import HIDDEN, SimulatedSwarm, ToyCache
 
@@ -172,10 +172,45 @@ def harm(random: Random, swarm: SimulatedSwarm) -> None:
     standbys=st.booleans(),
     faults=st.integers(0, 6),
 )
+@example(seed=717, chain=True, standbys=False, faults=6)  # a step that had not run yet was answered from a replay
 def test_any_interleaving_of_faults_gives_the_same_outputs(seed: int, chain: bool, standbys: bool, faults: int) -> None:
     random = Random(seed)  # thousands of choices: too many for hypothesis to draw one by one
     swarm = SimulatedSwarm(random, places(2), BLOCKS, chain=chain, standbys=standbys, window=3)
     run(random, swarm, faults, rounds=6)
+
+
+@settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 2**32), chain=st.sampled_from([True, True, False]), standbys=st.booleans())
+@example(seed=103, chain=False, standbys=False)
+@example(seed=326, chain=True, standbys=True)
+@example(seed=881, chain=True, standbys=True)
+def test_after_one_fault_all_who_are_well_get_on(seed: int, chain: bool, standbys: bool) -> None:
+    random = Random(seed)
+    swarm = SimulatedSwarm(random, places(2), BLOCKS, chain=chain, standbys=standbys, window=3)
+    run(random, swarm, 1, rounds=3)
+    assert swarm.quarrels == []
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("standbys", [False, True])
+@pytest.mark.parametrize("chain", [True, False])
+def test_a_step_that_has_passed_the_first_server_when_it_dies_is_told_to_the_next(
+    seed: int, standbys: bool, chain: bool
+) -> None:
+    talk = Conversation(seed, THREE, standbys=standbys, chain=chain)
+    for count in (5, 1):
+        talk.step(count)
+    talk.submit()
+    first, second, _ = talk.peers
+    while not any(peer == second and isinstance(message, Step) for peer, message in talk.swarm.heard[-1:]):
+        assert talk.swarm.happen()
+    talk.swarm.kill(first)
+    for _ in range(3):
+        talk.wait()
+        talk.submit()
+    talk.wait()
+    assert talk.swarm.quarrels == []
+    assert [one.place.peer_id for one in talk.swarm.replaced] == [first]
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -177,6 +177,8 @@ class Attached(_Message):
     """Send the session's whole state first: nothing has come yet."""
     known: int = Field(default=0, ge=0, le=MAX_PREFIX)
     """As in ``Opened``."""
+    accepted: int | None = Field(default=None, ge=0)
+    """(not fresh) The last step that it has from others: it has missed what comes after."""
 
 
 class TakeOver(_Message):

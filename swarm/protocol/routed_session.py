@@ -84,6 +84,8 @@ class _Hop:
     """It has not been told, or been made sure to be told, the session's state."""
     settled: bool = False
     """A replay to it has ended, or a step has passed it: it knows all that was delivered."""
+    told: int = 0
+    """The last step that this client sent to it, alone or in a replay."""
     draining: bool = False
     link: _Link | None = None
     standby_link: _Link | None = None
@@ -141,6 +143,7 @@ class RoutedSession:
         self._sequence = self._delivered = 0
         self._waiting: deque[_Sent] = deque()  # not sent yet
         self._under_way: deque[_Sent] = deque()
+        self._delivered_lately: deque[_Sent] = deque(maxlen=window)  # servers that are new may not have had them
         self._send_again = False
         self._hops: list[_Hop] = []
         self._vacancies: list[_Vacancy] = []
@@ -417,7 +420,7 @@ class RoutedSession:
             elif before is None:
                 if standby.fresh:
                     actions += self._replay_to(standby)
-                    actions += [self._encoded(standby, sent) for sent in self._under_way]
+                    actions += [self._tell(standby, sent) for sent in self._under_way]
             elif before.standby_link is None or before.standby_link.to != standby.number:
                 if before.link is not None and before.link.through_client:
                     continue  # a standby is only fed by a server
@@ -473,7 +476,7 @@ class RoutedSession:
 
     def _replay_to(self, hop: _Hop) -> list[Action]:
         """Tell a server that is first in the chain all that was delivered."""
-        hop.fresh = False
+        hop.fresh, hop.told = False, self._delivered
         length = len(self._history)
         if not length:
             hop.settled = True
@@ -493,12 +496,13 @@ class RoutedSession:
 
     def _send(self, hop: _Hop, sent: _Sent) -> list[Action]:
         """Send a step to a server, and to its standby."""
-        actions: list[Action] = [self._encoded(hop, sent)]
+        actions: list[Action] = [self._tell(hop, sent)]
         if hop.standby is not None and hop.standby.opened and not hop.standby.fresh:
-            actions.append(self._encoded(hop.standby, sent))
+            actions.append(self._tell(hop.standby, sent))
         return actions
 
-    def _encoded(self, hop: _Hop, sent: _Sent) -> ToHop:
+    def _tell(self, hop: _Hop, sent: _Sent) -> ToHop:
+        hop.told = max(hop.told, sent.step.sequence)
         return ToHop(hop.number, sent.step, self._as_it_travels(hop, sent.tensors))
 
     def _as_it_travels(self, hop: _Hop, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -506,12 +510,13 @@ class RoutedSession:
         return {**tensors, **encode_hidden_states(hidden_states.to(hop.dtype), self._codec)}
 
     def _output(self, hop: _Hop, output: Output, tensors: dict[str, torch.Tensor]) -> list[Action]:
-        sent = next((one for one in self._under_way if one.step.sequence == output.sequence), None)
+        is_last = hop.place.end == self._num_blocks
+        expected = self._under_way if is_last else (*self._delivered_lately, *self._under_way)
+        sent = next((one for one in expected if one.step.sequence == output.sequence), None)
         if sent is None:
             return []  # it came twice
         hidden_states = decode_hidden_states(tensors, self._hidden_size)
         batch, count, _ = sent.tensors["hidden_states"].shape
-        is_last = hop.place.end == self._num_blocks
         if is_last and sent.step.wanted is not None:
             count = min(count, sent.step.wanted)
         if hidden_states.shape[:2] != (batch, count):
@@ -519,8 +524,8 @@ class RoutedSession:
         if not is_last:
             return self._relay(hop, sent, output, tensors)
         if sent is not self._under_way[0]:
-            raise ProtocolError(f"step {output.sequence} was answered before the one before it")
-        self._under_way.popleft()
+            return []  # the one before it was told to a new last server in a replay: both are sent again
+        self._delivered_lately.append(self._under_way.popleft())
         self._delivered = output.sequence
         for one in self._hops:
             one.settled = True
@@ -529,21 +534,31 @@ class RoutedSession:
             self._history.reorder(torch.tensor(sent.step.reorder))
         self._history.append(sent.tensors["hidden_states"], sent.tensors.get("position_ids"), sent.tensors.get("mask"))
         delivered = Delivered(output.sequence, hidden_states, tuple(output.hops))
-        return [delivered, *self._advance()]
+        return [delivered, *self._catch_up(sent), *self._advance()]
+
+    def _catch_up(self, sent: _Sent) -> list[Action]:
+        """Send a step that has just been delivered to a new first server, too, if it passed the one before that."""
+        head = self._at(0)
+        firsts = [head, head.standby] if head is not None else []
+        behind = [one for one in firsts if one is not None and one.opened and not one.fresh]
+        return [self._tell(one, sent) for one in behind if one.told < sent.step.sequence]
 
     def _relay(self, hop: _Hop, sent: _Sent, output: Output, tensors: dict[str, torch.Tensor]) -> list[Action]:
         """Hand the output of one server to the next."""
         link, successor = hop.link, self._at(hop.place.end)
         if successor is None or link is None or link.to != successor.number or link.state is _LinkState.WAITING:
             return []  # it is sent again when the successor knows what came before
+        if sent.step.sequence > max(successor.told, self._delivered) + 1:
+            return []  # likewise: one before it was lost on the way
+        successor.told = max(successor.told, sent.step.sequence)
         step = sent.step.model_copy(update={"hops": output.hops})
         computed = {name: tensor for name, tensor in tensors.items() if name in ("hidden_states", "scales")}
         return [ToHop(successor.number, step, {**sent.tensors, **computed})]
 
     def _relay_replay(self, hop: _Hop, part: Replay, tensors: dict[str, torch.Tensor]) -> list[Action]:
-        successor = self._at(hop.place.end)
-        if successor is None or hop.link is None or hop.link.number != part.link:
-            return []
+        link, successor = hop.link, self._at(hop.place.end)
+        if successor is None or link is None or link.number != part.link or link.to != successor.number:
+            return []  # it is for another one, which was lost
         decode_hidden_states(tensors, self._hidden_size)  # so that the successor is not blamed for it
         if not {"hidden_states", "scales", "position_ids", "mask"}.issuperset(tensors):
             raise ProtocolError("a replay carries tensors that do not belong there")

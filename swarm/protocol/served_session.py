@@ -11,7 +11,7 @@ done already is not run twice, its result is sent on from the :class:`History` o
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,7 +98,8 @@ class ServedSession:
         self._waiting: deque[Work] = deque()
         self._running: Work | None = None
         self._waiting_positions = 0  # over all sequences
-        # Steps (and their positions) that came again during a replay:
+        # Steps (and their positions) that were computed lately, or that came again during a replay:
+        self._computed: deque[tuple[Step, int]] = deque(maxlen=_REMEMBERED_STEPS)
         self._repeated: deque[tuple[Step, int]] = deque(maxlen=_REMEMBERED_STEPS)
         self._withheld: deque[tuple[Step, int]] = deque(maxlen=_REMEMBERED_STEPS)  # while on standby
         self._history = History(request.max_length)
@@ -112,23 +113,19 @@ class ServedSession:
         self._standby_successor: _Successor | None = None
 
     @property
+    def accepted(self) -> int:
+        """The last step that it has, or is being told in a replay."""
+        return self._accepted
+
+    @property
     def computed_positions(self) -> int:
         """As far as it has got; what was accepted may go further."""
         return len(self._history)
 
     def attach(self) -> bool:
-        """A predecessor attaches; returns whether it must send the session's state first.
-
-        If another one has died while it was doing that, we begin anew.
-        """
-        if self._replaying:
-            self._waiting.clear()
-            self._waiting_positions = 0
-            self._repeated.clear()
-            self._history.truncate(0)
-            self._discard_running = self._running is not None
-            self._fresh, self._replaying, self.position = True, False, 0
-        return self._fresh
+        """A predecessor attaches; returns whether it must send the session's state first: also if another one is doing
+        that, which may have died."""
+        return self._fresh or self._replaying
 
     def from_client(self, message: Message, tensors: dict[str, torch.Tensor]) -> list[Action]:
         """Take a message from the session stream.
@@ -177,6 +174,7 @@ class ServedSession:
         match work.source:
             case Step() as step:
                 self._done = step.sequence
+                self._computed.append((step, output.shape[1]))
                 if self.standby and not self._settled:  # from the first step on, without a replay
                     self._settled = True
                     actions.append(ToClient(Replayed(sequence=step.sequence)))
@@ -197,19 +195,36 @@ class ServedSession:
         """Tell the client why not."""
         return [ToClient(Refusal(code=error.code, reason=str(error)[:2000], retry_after_s=retry_after_s))]
 
-    def link_opened(self, link: int, fresh: bool, known: int = 0) -> list[Action]:
+    def link_opened(self, link: int, fresh: bool, known: int = 0, accepted: int | None = None) -> list[Action]:
         """A link that was dialled stands.
 
         Args:
             fresh: the successor knows nothing yet, …
             known: … but can recall so many positions of what comes of this session's prefix.
+            accepted: the last step that the successor has from others; None: it does not say.
         """
         successor = self._find(link)
         if successor is None:
             return [HangUp(link)]
         successor.open, successor.fresh, successor.known = True, fresh, known
-        actions = list(self._replay_to(successor)) if fresh else []
+        actions: list[Action] = []
+        if fresh:
+            actions += self._replay_to(successor)
+        elif accepted is not None and not self.standby:
+            actions += self._bring_up_to_date(successor, accepted)
         return [*actions, ToClient(Linked(link=link))]
+
+    def _bring_up_to_date(self, successor: _Successor, accepted: int) -> list[Action]:
+        """Tell a successor, which has everything up to a step from others, what was computed while nothing led there:
+        step by step if that is possible, and everything once more if not."""
+        if accepted >= (self._replayed_sequence if self._replaying else self._done):
+            return []
+        missing = [(step, count) for step, count in self._computed if step.sequence > accepted]
+        is_all = not self._replaying and len(missing) == self._done - accepted
+        if not is_all or any(step.reorder is not None for step, _ in missing[1:]):
+            # (The history does not hold what came of a step if sequences have changed places since.)
+            return list(self._replay_to(successor))
+        return [action for step, count in missing for action in self._results(step, count, [successor])]
 
     def link_lost(self, link: int, reason: str) -> list[Action]:
         """A link failed. What comes meanwhile is kept in the history, and sent when the client says where to."""
@@ -275,7 +290,7 @@ class ServedSession:
         if not self._fresh and step.sequence <= self._accepted:
             if step.sequence <= self._done and not self._replaying:
                 return self._send_on(step, count) if batch == self._history.batch else []
-            if self._replaying:
+            if step.sequence <= self._replayed_sequence and self._replaying:
                 self._repeated.append((step, count))
             return []  # it is under way, and its result will be sent on
         if not self._fresh and step.sequence != self._accepted + 1:
@@ -293,6 +308,10 @@ class ServedSession:
 
     def _replay(self, part: Replay, tensors: dict[str, torch.Tensor]) -> list[Action]:
         work = self._validated(part, None, tensors)
+        if part.position == 0 and not self._fresh and (self._replaying or part.sequence > self._accepted):
+            self._begin_anew()  # whoever was telling this may have died; or has not got as far
+        elif self._is_told_already(part, part.position):
+            return []
         belongs = self._fresh or (self._replaying and part.sequence == self._replayed_sequence)
         if not belongs or part.position != self.position:
             raise ProtocolError(f"a replay from position {part.position} came to a session at {self.position}")
@@ -304,7 +323,31 @@ class ServedSession:
             self._replaying, self._accepted, self._replayed_sequence = True, part.sequence, part.sequence
         return self._accept(work)
 
+    def _begin_anew(self) -> None:
+        """Drop what waits and what is here. Steps that have not run are answered after the replay that comes."""
+        for work in (self._running, *self._waiting):
+            if work is not None and isinstance(work.source, Step):
+                self._repeated.append((work.source, work.count))
+        self._waiting.clear()
+        self._waiting_positions = 0
+        self._computed.clear()
+        self._history.truncate(0)
+        self._discard_running = self._running is not None
+        self._fresh, self._replaying, self.position = True, False, 0
+        for successor in self._successors():
+            successor.fresh = successor.link > 0  # it may have missed what comes now; or it passes it over
+
+    def _is_told_already(self, part: Replay | Recall, position: int) -> bool:
+        """Whether others have told this, or are telling it: several may have attached before the first said a word."""
+        if self._fresh or part.sequence > self._accepted:
+            return False
+        return not (self._replaying and part.sequence == self._replayed_sequence and position >= self.position)
+
     def _recall(self, part: Recall) -> list[Action]:
+        if self._replaying:
+            self._begin_anew()
+        elif self._is_told_already(part, 0):
+            return []
         if not self._fresh or part.positions > self.known:
             raise ProtocolError(f"{part.positions} positions are to be recalled; {self.known} are known")
         self._replaying, self._accepted, self._replayed_sequence = True, part.sequence, part.sequence
@@ -351,22 +394,33 @@ class ServedSession:
     def _send_on(
         self, step: Step, count: int, spent: Spent = NOTHING_SPENT, output: torch.Tensor | None = None
     ) -> list[Action]:
-        """Send a step's result on, which is in the history.
+        """Send a step's result on, which is in the history; a standby keeps it in mind."""
+        if self.standby:
+            self._withheld.append((step, count))
+            return []
+        return self._results(step, count, self._successors(), spent, output)
+
+    def _results(
+        self,
+        step: Step,
+        count: int,
+        successors: Sequence[_Successor],
+        spent: Spent = NOTHING_SPENT,
+        output: torch.Tensor | None = None,
+    ) -> list[Action]:
+        """A step's result, which is in the history, to those of `successors` to whom a link is open.
 
         Args:
             spent, output: on computing it just now, and what came of it.
         """
         begin, end = step.position, step.position + count
-        if self.standby:
-            self._withheld.append((step, count))
-            return []
         if end > len(self._history):
             return []  # it was rolled back meanwhile: nobody waits for it
         if self._request.is_last and step.wanted is not None:
             begin = max(begin, end - step.wanted)
             output = output[:, begin - step.position :] if output is not None else None
         actions: list[Action] = []
-        for successor in self._successors():
+        for successor in successors:
             if not successor.open:
                 continue
             successor.fresh = False
@@ -407,7 +461,8 @@ class ServedSession:
             repeated = list(self._repeated)
             self._repeated.clear()
             for step, positions in repeated:
-                actions += self._send_on(step, positions)
+                if step.sequence <= sequence:
+                    actions += self._send_on(step, positions)
         return actions
 
     def _replay_to(self, successor: _Successor) -> Iterator[Action]:
