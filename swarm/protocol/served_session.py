@@ -4,8 +4,9 @@ It has no socket, clock or source of randomness. The server feeds it what arrive
 and from the device, and carries out the actions it returns, in order.
 
 Links heal themselves: whoever attaches to a session that has seen nothing yet sends it the whole state first
-(:class:`Replay`), and what was under way when something broke is simply sent again by the client: a step that was
-done already is not run twice, its result is sent on from the :class:`History` of what left here.
+(:class:`Replay`), or else what it has missed. What was under way when something broke is simply sent again by the
+client: a step that was done already is not run twice, its result is sent on from the :class:`History` of what left
+here.
 """
 
 from __future__ import annotations
