@@ -62,6 +62,10 @@ class Network:
         """Likewise of its servers of experts."""
         return await self._directory.experts(model_digest)
 
+    async def fail_with_daemon(self) -> None:
+        """Raises DaemonDied as soon as this process is cut off from all others."""
+        await self._node.fail_with_daemon()
+
     async def leave(self) -> None:
         """Close every session and connection."""
         for session in list(self._sessions):

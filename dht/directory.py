@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from swarm.transport.lean_hivemind import DHTNode, PeerID
 from swarm.transport.node import Node, PeerAddress
 
 _Kind = TypeVar("_Kind", Announcement, ExpertAnnouncement)
+
+_LEAVE_S = 2.0
 
 
 class Directory:
@@ -86,7 +89,7 @@ class Directory:
     async def models(self) -> list[ModelListing]:
         """What this swarm's servers say there is, one listing a server."""
         now, listings = time.time(), []
-        for peer_id, (packed, expires_at) in (await records(self.dht, MODELS_KEY)).items():
+        for peer_id, (packed, expires_at) in (await self._records(MODELS_KEY)).items():
             try:
                 listing = ModelListing.unpack(packed)
             except (ValueError, TypeError):
@@ -102,6 +105,9 @@ class Directory:
 
         Args:
             departed: also the farewells of those that have just left; their state is OFFLINE.
+
+        Raises:
+            DaemonDied: nobody can be asked any more.
         """
         return await self._present(Announcement, directory_key(model), model, departed)
 
@@ -110,7 +116,7 @@ class Directory:
         return await self._present(ExpertAnnouncement, experts_key(model), model, departed)
 
     async def _present(self, kind: type[_Kind], key: str, model: str, departed: bool) -> list[_Kind]:
-        found = await records(self.dht, key)
+        found = await self._records(key)
         now = time.time()
         present: list[_Kind] = []
         for peer_id, (packed, expires_at) in found.items():
@@ -150,8 +156,14 @@ class Directory:
 
     async def leave(self) -> None:
         """Leave the DHT. Announcements that were not withdrawn run out by themselves."""
-        with contextlib.suppress(Exception):  # the daemon may be gone already; there is nothing left to do
-            await self.dht.shutdown()
+        with contextlib.suppress(Exception):  # the daemon may be gone already, and then nobody answers
+            async with asyncio.timeout(_LEAVE_S):
+                await self.dht.shutdown()
+
+    async def _records(self, key: str) -> dict[str, tuple[bytes, float]]:
+        found = await records(self.dht, key)
+        self._node.check_daemon()  # without which nothing is found
+        return found
 
     def _forget(self, now: float) -> None:
         stale = [key for key, issued_at in self._latest.items() if issued_at < now - 2 * LEASE_S - CLOCK_SLACK_S]

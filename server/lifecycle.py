@@ -19,7 +19,7 @@ from swarm.server.compute import ComputeThread
 from swarm.server.experts.dispatch import ExpertDispatch
 from swarm.server.experts.own import OwnExperts
 from swarm.server.hosted_span import HostedSpan, load_hosted_span
-from swarm.server.membership import fail_with_compute, fail_with_daemon, membership
+from swarm.server.membership import fail_with_compute, membership
 from swarm.server.neighbours import NetworkSpeed
 from swarm.server.network_speed import NetworkMeasurement
 from swarm.server.preparation import Prepared
@@ -102,7 +102,7 @@ class Server:
             async with asyncio.TaskGroup() as tasks:
                 watching = [
                     tasks.create_task(presence.keep_announced()),
-                    tasks.create_task(fail_with_daemon(node)),
+                    tasks.create_task(node.fail_with_daemon()),
                     tasks.create_task(fail_with_compute(self._compute)),
                 ]
                 checkpoint = self._prepared.checkpoint

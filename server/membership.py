@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from swarm.dht import Directory
-from swarm.errors import PeerError, SwarmError
+from swarm.errors import SwarmError
 from swarm.server.compute import ComputeThread
 from swarm.server.settings import ServerSettings
 from swarm.transport.identity import Identity
@@ -44,12 +44,6 @@ async def membership(settings: ServerSettings, compute: ComputeThread) -> AsyncI
         await node.stop()
         if not await compute.ended(_LAST_WORK_S):
             logger.warning("the computation at hand did not end within %.0f s", _LAST_WORK_S)
-
-
-async def fail_with_daemon(node: Node) -> None:
-    """Raise as soon as p2pd has died: without it nobody can reach this server."""
-    await node.wait_for_daemon()
-    raise PeerError("p2pd, the network daemon of this server, has died; start the server again")
 
 
 async def fail_with_compute(compute: ComputeThread) -> None:

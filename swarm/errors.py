@@ -12,6 +12,7 @@
     ├── PeerError                   another peer, or the way to it
     │   ├── BootstrapFailed         no initial peer answered
     │   ├── PortTaken               the address to listen on is in use
+    │   ├── DaemonDied              p2pd, through which this process reaches the others, is gone
     │   ├── PeerUnreachable         the peer could not be dialled, hung up, or fell silent
     │   └── ProtocolError           the peer sent something that is not our protocol
     │       └── FrameTooLarge       a frame over the limit
@@ -75,6 +76,10 @@ class BootstrapFailed(PeerError):
 
 class PortTaken(PeerError):
     """The address to listen on is used by another program."""
+
+
+class DaemonDied(PeerError):
+    """p2pd has died, or can be reached no longer: this process is cut off from all others."""
 
 
 class PeerUnreachable(PeerError):

@@ -38,7 +38,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
 async def serve(
     app: Any, listening: socket.socket, ready: Callable[[], None], stopping: Callable[[], None] = lambda: None
 ) -> None:
-    """Serve until SIGINT or SIGTERM; answers that are being made have a few seconds to end.
+    """Serve until SIGINT or SIGTERM, or until it is cancelled; answers that are being made have a few seconds to end.
 
     Args:
         ready: called when the first request can be answered.
@@ -56,7 +56,14 @@ async def serve(
         h11_max_incomplete_event_size=64 * 1024,
         server_header=False,
     )
-    await _Server(config, ready, stopping).serve(sockets=[listening])
+    server = _Server(config, ready, stopping)
+    serving = asyncio.create_task(server.serve(sockets=[listening]))
+    try:
+        await asyncio.shield(serving)
+    except asyncio.CancelledError:
+        server.should_exit = True
+        await serving
+        raise
 
 
 class _Server(uvicorn.Server):

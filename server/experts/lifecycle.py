@@ -26,7 +26,7 @@ from swarm.server.compute import ComputeThread
 from swarm.server.experts.preparation import PreparedExperts
 from swarm.server.experts.repair import Repair
 from swarm.server.experts.streams import Contribution, ExpertStreams
-from swarm.server.membership import fail_with_compute, fail_with_daemon, membership
+from swarm.server.membership import fail_with_compute, membership
 from swarm.server.resident_memory import free_memory, memory_given_back, share_one_heap
 from swarm.server.settings import ServerSettings
 from swarm.server.throughput import best_s
@@ -115,7 +115,7 @@ class ExpertServer:
             async with asyncio.TaskGroup() as tasks:
                 watching = [
                     tasks.create_task(announcer.keep_announced()),
-                    tasks.create_task(fail_with_daemon(node)),
+                    tasks.create_task(node.fail_with_daemon()),
                     tasks.create_task(fail_with_compute(self._compute)),
                 ]
                 loaded, _ = await self._compute.run(self._load_all)

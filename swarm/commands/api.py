@@ -107,9 +107,16 @@ async def _serve(options: argparse.Namespace, listening: socket.socket, callers:
             output.say("Press Ctrl-C to stop.")
             output.event(event="ready", url=url, models=list(gateway.models), peer_id=network.peer_id)
 
-        await serve(gateway_app(gateway), listening, ready)
-        for model in models:
-            await model.streams.close()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                watching = tasks.create_task(network.fail_with_daemon())
+                await serve(gateway_app(gateway), listening, ready)
+                watching.cancel()
+        finally:
+            for model in models:
+                await model.streams.close()
+    except BaseExceptionGroup as group:
+        raise group.exceptions[0] from group
     finally:
         await network.leave()
 

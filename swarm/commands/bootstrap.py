@@ -58,7 +58,14 @@ async def _serve(options: argparse.Namespace, output: Output) -> None:
             output.say(f"  {address}")
         output.say("Press Ctrl-C to stop.")
         output.event(event="ready", peer_id=node.peer_id, addresses=addresses)
-        await leave.wait()
-        await directory.leave()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                watching = tasks.create_task(node.fail_with_daemon())
+                await leave.wait()
+                watching.cancel()
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from group
+        finally:
+            await directory.leave()
     finally:
         await node.stop()

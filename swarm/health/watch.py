@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
 from swarm.dht import Announcement, Directory, ExpertAnnouncement, ModelListing
-from swarm.errors import BootstrapFailed, PeerError, SwarmError
+from swarm.errors import BootstrapFailed, DaemonDied, SwarmError
 from swarm.health.chronicle import Chronicle
 from swarm.health.observation import Observation, Probe
 from swarm.health.probing import AT_ONCE, due, probe
@@ -48,6 +48,9 @@ class Watch:
         while True:
             try:
                 await self._watch()
+            except DaemonDied:
+                logger.warning("p2pd, the network daemon, has died; starting it again")
+                self._chronicle.tell(_UNREACHED)
             except SwarmError as error:
                 logger.warning("%s", error)
                 self._chronicle.tell(_UNREACHED)
@@ -63,7 +66,7 @@ class Watch:
                     tasks.create_task(self._keep_looking(directory))
                     tasks.create_task(self._keep_probing(node, directory))
                     tasks.create_task(self._stay_joined(directory))
-                    tasks.create_task(_fail_with_daemon(node))
+                    tasks.create_task(node.fail_with_daemon())
             except BaseExceptionGroup as group:
                 raise group.exceptions[0] from group
             finally:
@@ -162,8 +165,3 @@ class Watch:
             if directory.is_alone():
                 with contextlib.suppress(BootstrapFailed):
                     await directory.rejoin(self._initial_peers)
-
-
-async def _fail_with_daemon(node: Node) -> None:
-    await node.wait_for_daemon()
-    raise PeerError("p2pd, the network daemon, has died; starting it again")

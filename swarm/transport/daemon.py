@@ -43,10 +43,6 @@ class P2pDaemon:
     def pid(self) -> int:
         return self._process.pid
 
-    async def wait(self) -> None:
-        """Return when the daemon has died."""
-        await self._process.wait()
-
     @classmethod
     async def start(
         cls,

@@ -9,8 +9,9 @@ import shutil
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from swarm.errors import BootstrapFailed, PeerUnreachable
+from swarm.errors import BootstrapFailed, DaemonDied, PeerUnreachable
 from swarm.transport.daemon import P2pDaemon
+from swarm.transport.daemon_connection import DaemonConnection
 from swarm.transport.identity import Identity
 from swarm.transport.lean_hivemind import P2P, Multiaddr, P2PDaemonError, P2PHandlerError, PeerID, StreamInfo
 
@@ -48,6 +49,7 @@ class Node:
         self.p2p = p2p
         """hivemind's handle on the daemon, for the DHT."""
         self._daemon = daemon
+        self._connection = DaemonConnection(p2p)
         self._temporary_identity = temporary_identity
 
     @classmethod
@@ -164,9 +166,15 @@ class Node:
 
         await self.p2p.add_binary_stream_handler(protocol, handle)
 
-    async def wait_for_daemon(self) -> None:
-        """Return when p2pd has died."""
-        await self._daemon.wait()
+    def check_daemon(self) -> None:
+        """Raises DaemonDied if p2pd has died, or can be reached no longer."""
+        if not self._connection.is_open:
+            raise DaemonDied("p2pd, the network daemon of this program, has died; start the program again")
+
+    async def fail_with_daemon(self) -> None:
+        """Raises DaemonDied as soon as p2pd has died, or can be reached no longer."""
+        await self._connection.ended()
+        self.check_daemon()
 
     async def stop(self) -> None:
         """Close every connection and end the daemon."""
