@@ -22,9 +22,9 @@ async def nearest_nodes(dht: DHTNode, key_id: DHTID) -> dict[DHTID, PeerID]:
     """The nodes that are to keep a key, and some more in case these are gone, nearest first; none of them is asked for
     what it keeps."""
     beside = DHTID(int(key_id) ^ 1)  # as far from every node, but for the last bit
-    found: dict[DHTID, dict[DHTID, PeerID]] = await dht.find_nearest_nodes(
-        [beside], exclude_self=dht.protocol.client_mode
-    )
+    search = asyncio.create_task(dht.find_nearest_nodes([beside], exclude_self=dht.protocol.client_mode))
+    # A search that is broken off leaves tasks behind that wait for its end for ever.
+    found: dict[DHTID, dict[DHTID, PeerID]] = await asyncio.shield(search)
     return found[beside]
 
 

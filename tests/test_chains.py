@@ -101,6 +101,11 @@ class Gaps:
     def seconds(self) -> list[float]:
         return [later - earlier for earlier, later in zip(self.times[1:], self.times[2:], strict=False)]
 
+    @property
+    def seconds_after(self) -> list[float]:
+        """Likewise, only of those that the action can have had an effect on."""
+        return self.seconds[self._at - 2 :]
+
 
 def test_a_chain_answers_as_the_local_model_and_nothing_passes_through_the_client(
     servers: list[LocalPeer], connect: Callable[..., Any], smollm2: SmolLM2
@@ -175,8 +180,8 @@ def test_a_server_that_leaves_is_followed_without_a_pause(
             (recovery,) = session.recoveries
         assert recovery.reason == "it is leaving" and recovery.by_standby
         assert leaver[0].process.wait(20) == 0
-        shares.append(max(gaps.seconds) / statistics.median(gaps.seconds))
-    assert min(shares) < 2, f"largest gap over median gap: {shares}"
+        shares.append(max(gaps.seconds_after) / statistics.median(gaps.seconds))
+    assert min(shares) < 2, f"largest gap since then over median gap: {shares}"
 
 
 @pytest.mark.parametrize("hop", [0, 1, 2], ids=["first", "middle", "last"])

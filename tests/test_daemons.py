@@ -7,6 +7,8 @@ import json
 import time
 import urllib.error
 import urllib.request
+from collections.abc import AsyncIterator
+from typing import Any
 
 import psutil
 import pytest
@@ -19,29 +21,56 @@ from swarm.models import open_checkpoint
 from swarm.transport.node import Node
 
 LOOPBACK = ["/ip4/127.0.0.1/tcp/0"]
+MODEL = "0" * 64
 SOON_S = 10.0
 
 
-async def test_calls_that_are_given_up_as_their_answers_come_leave_others_theirs() -> None:
-    """One call of hivemind's that was, among some dozens, left the process deaf to the whole directory."""
+@pytest.fixture
+async def asked_and_asking() -> AsyncIterator[tuple[str, Node, Directory]]:
+    """The peer id of a node of a directory, and a client of it."""
     asked, asking = await Node.start(listen=LOOPBACK), await Node.start(client_only=True)
-    try:
-        there = await Directory.join(asked, ())
-        directory = await Directory.join(asking, await asked.addresses(), client_only=True)
-        end = time.monotonic() + 3
-        while time.monotonic() < end:
-            calls = [asyncio.create_task(directory.ping(asked.peer_id)) for _ in range(8)]
-            await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
-            for call in calls:
-                call.cancel()
-            await asyncio.gather(*calls, return_exceptions=True)
-        assert await directory.ping(asked.peer_id) is not None
-        asking.check_daemon()
-        await directory.leave()
-        await there.leave()
-    finally:
-        await asking.stop()
-        await asked.stop()
+    there = await Directory.join(asked, ())
+    directory = await Directory.join(asking, await asked.addresses(), client_only=True)
+    yield asked.peer_id, asking, directory
+    for one in (directory, there):
+        await one.leave()
+    for node in (asking, asked):
+        await node.stop()
+
+
+async def test_calls_that_are_given_up_as_their_answers_come_leave_others_theirs(
+    asked_and_asking: tuple[str, Node, Directory],
+) -> None:
+    """One call of hivemind's that was, among some dozens, left the process deaf to the whole directory."""
+    asked, asking, directory = asked_and_asking
+    end = time.monotonic() + 3
+    while time.monotonic() < end:
+        calls = [asyncio.create_task(directory.ping(asked)) for _ in range(8)]
+        await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+        await give_up(*calls)
+    assert await directory.ping(asked) is not None
+    asking.check_daemon()
+
+
+async def test_a_look_up_that_is_given_up_leaves_nothing_behind(
+    asked_and_asking: tuple[str, Node, Directory],
+) -> None:
+    _, _, directory = asked_and_asking
+    await directory.servers(MODEL)
+    before = asyncio.all_tasks()
+    for tenths in range(20):
+        look_up = asyncio.create_task(directory.servers(MODEL))
+        await asyncio.sleep(tenths / 10_000)
+        await give_up(look_up)
+    left = asyncio.all_tasks() - before
+    _, unfinished = await asyncio.wait(left, timeout=SOON_S) if left else (left, left)
+    assert not unfinished
+
+
+async def give_up(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def kill_daemon(peer: LocalPeer) -> None:
