@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import AbstractAsyncContextManager
 
 from swarm.client.server_view import ServerView
 from swarm.client.session import Session
@@ -62,9 +63,9 @@ class Network:
         """Likewise of its servers of experts."""
         return await self._directory.experts(model_digest)
 
-    async def fail_with_daemon(self) -> None:
-        """Raises DaemonDied as soon as this process is cut off from all others."""
-        await self._node.fail_with_daemon()
+    def while_daemon_lives(self) -> AbstractAsyncContextManager[None]:
+        """What is done in it is broken off, and DaemonDied raised, as soon as nobody else can be reached any more."""
+        return self._node.while_daemon_lives()
 
     async def leave(self) -> None:
         """Close every session and connection."""

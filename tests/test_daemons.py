@@ -13,6 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
+from benchmarks.directory import member
+from benchmarks.directory_nodes import MODEL
 from swarm.client import ClientSettings, Network
 from swarm.commands.local_swarm import LocalPeer, LocalSwarm
 from swarm.dht import Directory
@@ -20,22 +22,14 @@ from swarm.errors import DaemonDied
 from swarm.models import open_checkpoint
 from swarm.transport.node import Node
 
-LOOPBACK = ["/ip4/127.0.0.1/tcp/0"]
-MODEL = "0" * 64
 SOON_S = 10.0
 
 
 @pytest.fixture
 async def asked_and_asking() -> AsyncIterator[tuple[str, Node, Directory]]:
     """The peer id of a node of a directory, and a client of it."""
-    asked, asking = await Node.start(listen=LOOPBACK), await Node.start(client_only=True)
-    there = await Directory.join(asked, ())
-    directory = await Directory.join(asking, await asked.addresses(), client_only=True)
-    yield asked.peer_id, asking, directory
-    for one in (directory, there):
-        await one.leave()
-    for node in (asking, asked):
-        await node.stop()
+    async with member([]) as (asked, _), member(await asked.addresses(), client_only=True) as (asking, directory):
+        yield asked.peer_id, asking, directory
 
 
 async def test_calls_that_are_given_up_as_their_answers_come_leave_others_theirs(
@@ -90,7 +84,8 @@ async def test_a_client_without_a_daemon_says_so_and_does_not_call_the_swarm_emp
         psutil.Process(network._node.daemon_pid).kill()
         async with asyncio.timeout(SOON_S):
             with pytest.raises(DaemonDied, match="p2pd, the network daemon of this program, has died"):
-                await network.fail_with_daemon()
+                async with network.while_daemon_lives():
+                    await asyncio.Event().wait()
             with pytest.raises(DaemonDied):
                 await network.servers(digest)
     finally:

@@ -108,15 +108,11 @@ async def _serve(options: argparse.Namespace, listening: socket.socket, callers:
             output.event(event="ready", url=url, models=list(gateway.models), peer_id=network.peer_id)
 
         try:
-            async with asyncio.TaskGroup() as tasks:
-                watching = tasks.create_task(network.fail_with_daemon())
+            async with network.while_daemon_lives():
                 await serve(gateway_app(gateway), listening, ready)
-                watching.cancel()
         finally:
             for model in models:
                 await model.streams.close()
-    except BaseExceptionGroup as group:
-        raise group.exceptions[0] from group
     finally:
         await network.leave()
 

@@ -59,12 +59,8 @@ async def _serve(options: argparse.Namespace, output: Output) -> None:
         output.say("Press Ctrl-C to stop.")
         output.event(event="ready", peer_id=node.peer_id, addresses=addresses)
         try:
-            async with asyncio.TaskGroup() as tasks:
-                watching = tasks.create_task(node.fail_with_daemon())
+            async with node.while_daemon_lives():
                 await leave.wait()
-                watching.cancel()
-        except BaseExceptionGroup as group:
-            raise group.exceptions[0] from group
         finally:
             await directory.leave()
     finally:

@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import logging
 import shutil
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from swarm.errors import BootstrapFailed, DaemonDied, PeerUnreachable
+from swarm.errors import BootstrapFailed, DaemonDied, PeerUnreachable, first_of
 from swarm.transport.daemon import P2pDaemon
 from swarm.transport.daemon_connection import DaemonConnection
 from swarm.transport.identity import Identity
@@ -175,6 +175,17 @@ class Node:
         """Raises DaemonDied as soon as p2pd has died, or can be reached no longer."""
         await self._connection.ended()
         self.check_daemon()
+
+    @contextlib.asynccontextmanager
+    async def while_daemon_lives(self) -> AsyncIterator[None]:
+        """What is done in it is broken off, and DaemonDied raised, as soon as p2pd has died."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                watching = tasks.create_task(self.fail_with_daemon())
+                yield
+                watching.cancel()
+        except BaseExceptionGroup as group:
+            raise first_of(group) from None
 
     async def stop(self) -> None:
         """Close every connection and end the daemon."""
